@@ -1,0 +1,53 @@
+"""The errors that end a run, and the exit code that each of them means.
+
+An error of this family is the user's to read: the entry points print its message, without a
+traceback, and leave with its exit code. Everything else is a bug and keeps its traceback.
+"""
+
+
+class RunError(Exception):
+    """What ends a run for a reason that has a name."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError, ValueError):
+    """A configuration that the user has to mend."""
+
+    exit_code = 2
+
+
+class DataError(RunError):
+    """Training data or a tokenizer that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(RunError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+    exit_code = 4
+
+
+class DiskError(RunError):
+    """A file that could not be written, as on a full disk."""
+
+    exit_code = 5
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient that is infinite or not a number."""
+
+    exit_code = 6
+
+
+class PeerError(RunError):
+    """Another rank was lost, or did not answer in time."""
+
+    exit_code = 8
+
+
+class StoppedOnRequestError(RunError):
+    """The run was asked to stop, and has saved its state."""
+
+    exit_code = 10

@@ -1,0 +1,117 @@
+"""ShardSpec: how a parameter is cut over the tensor axis.
+
+Every parameter of a parallel model carries one. Initialisation, the gradient norm, checkpoints and
+exports all read it, so that nothing else has to know, or guess from a name, what a rank holds.
+
+A dimension is cut into equal runs, one for each tensor rank. A weight that stacks several matrices,
+such as the two halves of a gated unit, is cut block by block, so that each rank holds the same part
+of each of them. Drawn for two ranks:
+
+    blocks=1   whole  [0 1 2 3 4 5 6 7]      rank 0  [0 1 2 3]    rank 1  [4 5 6 7]
+    blocks=2   whole  [0 1 2 3|4 5 6 7]      rank 0  [0 1|4 5]    rank 1  [2 3|6 7]
+
+If the length of the dimension does not divide, the last ranks hold padding: rows that belong to no
+logical position, and that stay zero.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of the whole tensor, and where it lies in a rank's local tensor.
+
+    Attributes:
+        start: first index of the box in the whole tensor, for each dimension.
+        shape: extent of the box, for each dimension.
+        local_start: first index of the box in the local tensor, for each dimension.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    local_start: tuple[int, ...]
+
+    @property
+    def local_slices(self) -> tuple[slice, ...]:
+        """What to index the local tensor with."""
+        return tuple(
+            slice(first, first + n) for first, n in zip(self.local_start, self.shape, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """How one parameter is cut over the tensor axis.
+
+    Attributes:
+        shape: shape of the whole, logical parameter.
+        dim: the dimension that is cut, or None if every rank holds all of it.
+        blocks: number of stacked matrices that are cut one by one.
+        padded_run: local length of each block along ``dim`` where it is longer than an even cut
+            needs; None where it is not.
+        sum_gradient: a replicated parameter of which each tensor rank sees only its part of the
+            sequence, so that the ranks' gradients are parts of a sum.
+        tied_copy: a second copy of a parameter that another pipeline stage owns; it is counted,
+            saved and exported there.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+    blocks: int = 1
+    padded_run: int | None = None
+    sum_gradient: bool = False
+    tied_copy: bool = False
+
+    def run(self, size: int) -> int:
+        """Local length of one block along ``dim``, over ``size`` tensor ranks."""
+        assert self.dim is not None
+        even = -(-self.shape[self.dim] // self.blocks // size)
+        return self.padded_run if self.padded_run is not None else even
+
+    def local_shape(self, size: int) -> tuple[int, ...]:
+        """Shape of each rank's tensor, over ``size`` tensor ranks."""
+        if self.dim is None:
+            return self.shape
+        before, after = self.shape[: self.dim], self.shape[self.dim + 1 :]
+        return (*before, self.blocks * self.run(size), *after)
+
+    def pieces(self, rank: int, size: int) -> list[Piece]:
+        """The boxes of the whole tensor that tensor rank ``rank`` of ``size`` holds.
+
+        One for each block; fewer where a rank holds nothing but padding.
+        """
+        if self.dim is None:
+            zeros = (0,) * len(self.shape)
+            return [Piece(start=zeros, shape=self.shape, local_start=zeros)]
+        return list(self._cut_pieces(self.dim, rank, size))
+
+    def _cut_pieces(self, dim: int, rank: int, size: int) -> Iterator[Piece]:
+        block_length = self.shape[dim] // self.blocks
+        run = self.run(size)
+        first = rank * run
+        length = min(block_length - first, run)
+        if length <= 0:
+            return
+        for block in range(self.blocks):
+            yield Piece(
+                start=self._at(dim, block * block_length + first),
+                shape=(*self.shape[:dim], length, *self.shape[dim + 1 :]),
+                local_start=self._at(dim, block * run),
+            )
+
+    def _at(self, dim: int, index: int) -> tuple[int, ...]:
+        return tuple(index if d == dim else 0 for d in range(len(self.shape)))
+
+
+def set_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> None:
+    """Attach ``spec`` to ``parameter``."""
+    parameter.shard_spec = spec  # type: ignore[attr-defined]
+
+
+def shard_spec(parameter: nn.Parameter) -> ShardSpec:
+    """The spec of ``parameter``; one that carries none is whole on every rank."""
+    spec: ShardSpec | None = getattr(parameter, "shard_spec", None)
+    return spec if spec is not None else ShardSpec(shape=tuple(parameter.shape))
