@@ -108,9 +108,7 @@ class ModelConfig:
             hidden_dropout=self.hidden_dropout,
             attention_dropout=self.attention_dropout,
         )
-        _require_multiple(
-            "model.hidden_size", self.hidden_size, "model.num_heads", self.num_heads
-        )
+        _require_multiple("model.hidden_size", self.hidden_size, "model.num_heads", self.num_heads)
         _require(
             self.position_embedding != "rotary" or self.head_size % 2 == 0,
             f"model.position_embedding rotary needs an even head size, got {self.head_size} "
@@ -312,9 +310,7 @@ class TrainConfig:
         if self.rampup is None:
             yield self.global_batch_size
         else:
-            yield from range(
-                self.rampup.start, self.global_batch_size + 1, self.rampup.increment
-            )
+            yield from range(self.rampup.start, self.global_batch_size + 1, self.rampup.increment)
 
 
 @dataclass(frozen=True, kw_only=True)

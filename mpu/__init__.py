@@ -1,14 +1,43 @@
 """Tensor parallelism: process groups, collectives with gradients, parallel layers."""
 
+from mpu.cross_entropy import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from mpu.data import broadcast_batch
 from mpu.groups import ParallelDims, ParallelGroups, build_groups
+from mpu.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from mpu.mappings import (
+    copy_to_region,
+    gather_from_region,
+    gather_from_sequence,
+    reduce_from_region,
+    reduce_scatter_to_sequence,
+    scatter_to_region,
+    scatter_to_sequence,
+)
+from mpu.rng import RngStreams, dropout, init_normal
 from mpu.sharding import Piece, ShardSpec, set_shard_spec, shard_spec
 
 __all__ = [
+    "ColumnParallelLinear",
     "ParallelDims",
     "ParallelGroups",
     "Piece",
+    "RngStreams",
+    "RowParallelLinear",
     "ShardSpec",
+    "VocabParallelEmbedding",
+    "broadcast_batch",
     "build_groups",
+    "copy_to_region",
+    "dropout",
+    "gather_from_region",
+    "gather_from_sequence",
+    "init_normal",
+    "reduce_from_region",
+    "reduce_scatter_to_sequence",
+    "scatter_to_region",
+    "scatter_to_sequence",
     "set_shard_spec",
     "shard_spec",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

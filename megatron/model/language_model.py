@@ -1,0 +1,248 @@
+"""The language model: embedding, transformer, pooler, and BLOOM's head with its loss."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron.config import ModelConfig, Recompute
+from megatron.model.alibi import alibi_slopes
+from megatron.model.attention import AttentionBias
+from megatron.model.fused_softmax import causal_mask
+from megatron.model.inputs import ModelInputs
+from megatron.model.placement import Placement, build_layer_norm
+from megatron.model.rotary import RotaryTable
+from megatron.model.transformer import (
+    DropoutSite,
+    KeyValueCache,
+    LayerContext,
+    ParallelTransformer,
+)
+from mpu import (
+    RngStreams,
+    ShardSpec,
+    VocabParallelEmbedding,
+    copy_to_region,
+    gather_from_sequence,
+    set_shard_spec,
+    vocab_parallel_linear_cross_entropy,
+)
+
+_EMBEDDING_LAYER = -1
+"""Stands for the embedding where a random number is named by its layer."""
+
+
+class Embedding(nn.Module):
+    """Word, position and token-type embeddings: ``(b, s)`` -> ``(b, s or s/t, h)``.
+
+    The sum of the last two, where there are any, comes after the layer norm of the first.
+    """
+
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        super().__init__()
+        self.dropout = config.hidden_dropout
+        self.word_embeddings = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            padding_multiple=config.vocab_padding_multiple,
+            **placement.layer_options,
+        )
+        self.word_embeddings_layernorm: nn.Module | None = None
+        if config.embedding_layernorm:
+            self.word_embeddings_layernorm = build_layer_norm(config, placement)
+        self.position_embeddings: nn.Embedding | None = None
+        if config.position_embedding == "learned":
+            self.position_embeddings = _replicated_table(config.seq_length, config, placement)
+        self.token_type_embeddings: nn.Embedding | None = None
+        if config.num_token_types > 0:
+            self.token_type_embeddings = _replicated_table(
+                config.num_token_types, config, placement
+            )
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, token_types: Tensor | None, context: LayerContext
+    ) -> Tensor:
+        x: Tensor = self.word_embeddings(tokens)
+        if self.word_embeddings_layernorm is not None:
+            x = self.word_embeddings_layernorm(x)
+        here = slice(context.positions.start, context.positions.stop)
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings(positions[:, here])
+        if self.token_type_embeddings is not None and token_types is not None:
+            x = x + self.token_type_embeddings(token_types[:, here])
+        return context.hidden_dropout(x, self.dropout, _EMBEDDING_LAYER, DropoutSite.EMBEDDING)
+
+
+def _replicated_table(rows: int, config: ModelConfig, placement: Placement) -> nn.Embedding:
+    table = nn.Embedding(rows, config.hidden_size, dtype=placement.dtype)
+    shape = (rows, config.hidden_size)
+    for parameter in table.parameters():
+        set_shard_spec(parameter, ShardSpec(shape=shape, sum_gradient=placement.sequence_parallel))
+    return table
+
+
+class Pooler(nn.Module):
+    """A representation of the whole from its first token: ``(b, s, h)`` -> ``(b, h)``."""
+
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.dense = nn.Linear(size, size, dtype=placement.dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.dense(hidden[:, 0]))
+
+
+class TransformerLanguageModel(nn.Module):
+    """From tokens to the hidden states after the final layer norm."""
+
+    def __init__(
+        self, config: ModelConfig, placement: Placement, *, recompute: Recompute = "none"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.placement = placement
+        self.embedding = Embedding(config, placement)
+        self.transformer = ParallelTransformer(config, placement, recompute=recompute)
+        self.pooler = Pooler(config, placement) if config.pooler else None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        token_types: Tensor | None = None,
+        streams: RngStreams | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """Hidden states, ``(b, s or s/t, h)``.
+
+        Args:
+            tokens: ids, ``(b, s)``.
+            positions: of the tokens, ``(b, s)``; default: 0, 1, ... after what ``caches`` hold.
+            documents: number of each token's document, ``(b, s)``; attention stays inside.
+            token_types: type of each token, ``(b, s)``.
+            streams: random numbers of dropout; None is no dropout.
+            caches: one for each layer, which the keys and values of ``tokens`` are added to.
+        """
+        start = caches[0].length if caches else 0
+        if positions is None:
+            count = torch.arange(start, start + tokens.size(1), device=tokens.device)
+            positions = count.unsqueeze(0)
+        context = self._context(tokens, positions, documents, streams, start)
+        x = self.embedding(tokens, positions, token_types, context)
+        hidden: Tensor = self.transformer(x, context, caches)
+        return hidden
+
+    def pooled(self, hidden: Tensor) -> Tensor:
+        """The pooled representation of the output of ``forward``, ``(b, h)``."""
+        assert self.pooler is not None, "the model was built without a pooler"
+        if self.placement.sequence_parallel:
+            hidden = gather_from_sequence(hidden, self.placement.group, sum_gradients=False)
+        out: Tensor = self.pooler(hidden)
+        return out
+
+    def _context(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Tensor | None,
+        streams: RngStreams | None,
+        start: int,
+    ) -> LayerContext:
+        config = self.config
+        slopes = None
+        if config.position_embedding == "alibi":
+            slopes = _local_slopes(config.num_heads, self.placement.group).to(tokens.device)
+        rotary = None
+        if config.position_embedding == "rotary":
+            dtype = self.placement.dtype
+            rotary = RotaryTable.of_positions(positions, config.head_size, dtype)
+        visible = None if documents is None else _same_document(documents)
+        return LayerContext(
+            positions=self._local_positions(tokens.size(1)),
+            bias=AttentionBias(visible, slopes, config.alibi_precision, start),
+            rotary=rotary,
+            streams=streams,
+        )
+
+    def _local_positions(self, seq: int) -> range:
+        if not self.placement.sequence_parallel:
+            return range(seq)
+        group = self.placement.group
+        part = seq // group.size()
+        return range(group.rank() * part, (group.rank() + 1) * part)
+
+
+class BloomForPretraining(nn.Module):
+    """The language model and its head."""
+
+    def __init__(
+        self, config: ModelConfig, placement: Placement, *, recompute: Recompute = "none"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.placement = placement
+        self.language_model = TransformerLanguageModel(config, placement, recompute=recompute)
+        self.output_layer: VocabParallelEmbedding | None = None
+        if not config.tie_embeddings:
+            # The rows of an output layer are stored and cut like those of an embedding.
+            self.output_layer = VocabParallelEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                padding_multiple=config.vocab_padding_multiple,
+                **placement.layer_options,
+            )
+
+    def forward(self, inputs: ModelInputs, streams: RngStreams | None = None) -> Tensor:
+        """Sum of the losses of the tokens, each times its ``loss_weights``; a scalar."""
+        hidden = self.language_model(
+            inputs.tokens,
+            positions=inputs.positions,
+            documents=inputs.documents,
+            streams=streams,
+        )
+        return vocab_parallel_linear_cross_entropy(
+            enter_head(hidden, self.placement),
+            self.head_weight,
+            inputs.targets,
+            inputs.loss_weights,
+            group=self.placement.group,
+            vocab_size=self.config.vocab_size,
+        )
+
+    def logits(self, tokens: Tensor, *, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Logits of this rank's part of the padded vocabulary, ``(b, s, vocab / t)``."""
+        hidden = self.language_model(tokens, caches=caches)
+        return F.linear(enter_head(hidden, self.placement), self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output layer, ``(vocab / t, h)``."""
+        layer = self.output_layer or self.language_model.embedding.word_embeddings
+        return layer.weight
+
+    def new_caches(self, capacity: int) -> list[KeyValueCache]:
+        """Empty caches for ``capacity`` tokens, one for each layer."""
+        return [KeyValueCache(capacity) for _ in range(self.config.num_layers)]
+
+
+def enter_head(hidden: Tensor, placement: Placement) -> Tensor:
+    """Give the head all positions, ``(b, s or s/t, h)`` -> ``(b, s, h)``; gradients are summed."""
+    if placement.sequence_parallel:
+        return gather_from_sequence(hidden, placement.group)
+    return copy_to_region(hidden, placement.group)
+
+
+def _same_document(documents: Tensor) -> Tensor:
+    """Which keys a query sees, ``(b, 1, s, s)``: those before it in its own document."""
+    seq = documents.size(1)
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return (same & causal_mask(seq, seq, 0, documents.device)).unsqueeze(1)
+
+
+def _local_slopes(num_heads: int, group: ProcessGroup) -> Tensor:
+    return alibi_slopes(num_heads).chunk(group.size())[group.rank()]

@@ -1,0 +1,198 @@
+"""Cross-entropy over logits that are cut over the vocabulary.
+
+Per token, with logits z and target y, the loss is log(sum_v exp z_v) - z_y. Each rank of the tensor
+group holds some v. It computes three numbers a token, the maximum m_r of its logits, the sum
+s_r = sum_v exp(z_v - m_r), and z_y if it holds y, and one all-gather of these gives every rank
+
+    m = max_r m_r        loss = log(sum_r s_r exp(m_r - m)) + m - z_y
+
+Columns that pad the vocabulary take no part: their probability and gradient are exactly zero.
+Probabilities are computed in float32, or float64 for float64 logits.
+
+``vocab_parallel_linear_cross_entropy`` starts one step earlier, from the hidden states. It goes
+over the tokens in chunks and computes the gradients of each chunk at once, while its logits are
+there, so that the logits of a large vocabulary are never all in memory and never computed twice.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from mpu.collectives import all_gather
+
+_CHUNK_ELEMENTS = 2**24
+"""Logits in one chunk; 64 MiB in float32."""
+
+_WEIGHT_ROWS = 2**14
+"""Rows of a low-precision weight gradient that are computed at once before they are added up."""
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, *, group: ProcessGroup, vocab_size: int | None = None
+) -> Tensor:
+    """Loss of each token: ``(*, vocab / tensor)``, ``(*)`` -> ``(*)``.
+
+    Every rank of ``group`` calls it, and gets the same losses.
+
+    Args:
+        logits: this rank's columns of the logits.
+        targets: token ids below ``vocab_size``.
+        vocab_size: number of tokens, if the last columns are padding; default: all columns.
+    """
+    columns = _Columns.of_rank(group, logits.size(-1), vocab_size)
+    return _CrossEntropy.apply(logits, targets, group, columns)
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    group: ProcessGroup,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Weighted sum of the tokens' losses, for logits ``hidden @ weight.T``; a scalar.
+
+    Every rank of ``group`` calls it with the same hidden states, and gets the same sum. The
+    gradient of ``hidden`` is this rank's part: the sum over the group is that of the whole head,
+    which ``copy_to_region`` or ``gather_from_sequence`` in front of this function takes care of.
+
+    Args:
+        hidden: ``(*, hidden)``.
+        weight: this rank's rows of the output layer, ``(vocab / tensor, hidden)``.
+        targets: token ids below ``vocab_size``, ``(*)``.
+        token_weights: weight of each token's loss in the sum, ``(*)``; no gradient.
+        vocab_size: number of tokens, if the last rows are padding; default: all rows.
+        chunk_tokens: tokens whose logits are in memory at once; default: about 64 MiB of them.
+    """
+    columns = _Columns.of_rank(group, weight.size(0), vocab_size)
+    chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // weight.size(0))
+    return _LinearCrossEntropy.apply(
+        hidden.reshape(-1, hidden.size(-1)),
+        weight,
+        targets.reshape(-1),
+        token_weights.reshape(-1),
+        group,
+        columns,
+        chunk,
+    )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The part of the vocabulary that this rank holds: ``count`` tokens from ``first`` on."""
+
+    first: int
+    count: int
+
+    @classmethod
+    def of_rank(cls, group: ProcessGroup, width: int, vocab_size: int | None) -> "_Columns":
+        first = group.rank() * width
+        last = first + width if vocab_size is None else min(first + width, vocab_size)
+        return cls(first, max(0, last - first))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, group: ProcessGroup, columns: _Columns
+    ) -> Tensor:
+        # A copy, because the probabilities are computed in its place.
+        precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        probabilities = logits.to(precise, copy=True)
+        loss, local, here = _softmax_(probabilities, targets, group, columns)
+        ctx.save_for_backward(probabilities, local, here)
+        ctx.dtype = logits.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        probabilities, local, here = ctx.saved_tensors
+        grad_logits = _subtract_target(probabilities.clone(), local, here)
+        return grad_logits.mul_(grad.unsqueeze(-1)).to(ctx.dtype), None, None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        group: ProcessGroup,
+        columns: _Columns,
+        chunk: int,
+    ) -> Tensor:
+        precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=precise, device=hidden.device)
+        with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if with_grad else None
+        for start in range(0, hidden.size(0), chunk):
+            part = slice(start, start + chunk)
+            probabilities = F.linear(hidden[part], weight).to(precise)
+            loss, local, here = _softmax_(probabilities, targets[part], group, columns)
+            total += (loss * token_weights[part]).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                grad_logits = _subtract_target(probabilities, local, here)
+                grad_logits = grad_logits.mul_(token_weights[part].unsqueeze(-1)).to(weight.dtype)
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+                _add_weight_gradient(grad_weight, grad_logits, hidden[part])
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # In place: a copy of the weight gradient of a large vocabulary would cost as much memory
+        # as the chunks save. The price is that this can run only once.
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None, None
+
+
+def _softmax_(
+    logits: Tensor, targets: Tensor, group: ProcessGroup, columns: _Columns
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn this rank's ``logits`` into probabilities, in place.
+
+    Returns:
+        The loss of each token, the column of its target, and whether this rank holds that column.
+    """
+    logits[..., columns.count :] = torch.finfo(logits.dtype).min
+    local = targets - columns.first
+    here = (local >= 0) & (local < columns.count)
+    local = local.masked_fill(~here, 0)
+    target_logit = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0)
+    own_max = logits.amax(dim=-1)
+    own_sum = logits.sub_(own_max.unsqueeze(-1)).exp_().sum(dim=-1)
+
+    ranks = torch.stack([own_max, own_sum, target_logit]).unsqueeze(0)
+    maxima, sums, target_logits = all_gather(ranks, group, dim=0).unbind(dim=1)
+    maximum = maxima.amax(dim=0)
+    log_sum = (sums * (maxima - maximum).exp()).sum(dim=0).log() + maximum
+    logits.mul_((own_max - log_sum).exp().unsqueeze(-1))
+    return log_sum - target_logits.sum(dim=0), local, here
+
+
+def _subtract_target(probabilities: Tensor, local: Tensor, here: Tensor) -> Tensor:
+    """Gradient of the loss with respect to the logits, in place of the probabilities."""
+    index = local.unsqueeze(-1)
+    return probabilities.scatter_add_(-1, index, -here.to(probabilities.dtype).unsqueeze(-1))
+
+
+def _add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """Add ``grad_logits.T @ hidden`` to ``total``, which may be of a higher precision."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(grad_logits.t(), hidden)
+        return
+    for rows, columns in zip(
+        total.split(_WEIGHT_ROWS), grad_logits.split(_WEIGHT_ROWS, dim=-1), strict=True
+    ):
+        rows += columns.t() @ hidden
