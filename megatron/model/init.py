@@ -13,6 +13,7 @@ parameter and the position in it, not on how the model is spread over ranks; pad
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -29,32 +30,31 @@ def build_model(
     config: ModelConfig,
     placement: Placement,
     *,
-    seed: int,
     device: torch.device,
     recompute: Recompute = "none",
 ) -> BloomForPretraining:
-    """An initialised model on ``device``."""
+    """A model on ``device`` whose parameters are not initialised yet."""
     with torch.device("meta"):
         model = BloomForPretraining(config, placement, recompute=recompute)
-    materialise(model, device)
-    init_parameters(model, config, placement, seed)
-    return model
-
-
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Replace the parameters of a model on the meta device by uninitialised ones on ``device``."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             real = nn.Parameter(torch.empty_like(parameter, device=device))
             set_shard_spec(real, shard_spec(parameter))
             module.register_parameter(name, real)
+    return model
 
 
 @torch.no_grad()
-def init_parameters(model: nn.Module, config: ModelConfig, placement: Placement, seed: int) -> None:
-    """Give every parameter of ``model`` its initial value."""
+def init_parameters(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: ModelConfig,
+    placement: Placement,
+    *,
+    seed: int,
+) -> None:
+    """Give named parameters, of a model or copies of them, their initial value."""
     rank, size = placement.group.rank(), placement.group.size()
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if parameter.dim() == 1:
             parameter.fill_(1 if name.endswith("layernorm.weight") else 0)
             continue

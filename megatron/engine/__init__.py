@@ -1,0 +1,1 @@
+"""Engines: what drives forward, backward and the update."""

@@ -1,0 +1,1 @@
+"""The BLOOM language model, and what follows from its shape."""

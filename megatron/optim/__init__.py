@@ -1,0 +1,1 @@
+"""Optimizer groups, gradients and schedules."""
