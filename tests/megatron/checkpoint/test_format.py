@@ -113,9 +113,8 @@ def test_plain_file_names_are_accepted(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../../x", "a/../../x", "/etc/passwd", "a//b", "./a", "a/", "a\\b", "a\n", "a\0",
-     MANIFEST],
-)  # fmt: skip
+    ["", ".", "..", "../../x", "a/../x", "/x", "a//b", "./a", "a/", "a\\b", "a\n", "a\0", MANIFEST],
+)
 def test_file_name_that_could_leave_the_folder_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot be the name of a file"):
         check_file_name(name)

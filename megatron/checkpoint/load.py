@@ -1,0 +1,218 @@
+"""Open a save, refuse it if anything is wrong with it, and read it at any layout.
+
+Opening comes first, and nothing is used before it is through. The files are shared out over the
+ranks to be verified, and all ranks share the verdict.
+
+Reading intersects boxes. What a rank wants and what a file holds are boxes of the same whole
+tensor, cut by two layouts that need not know of each other:
+
+    saved by two ranks     [ rank 0       | rank 1       ]
+    read by three          [ 0       | 1       | 2       ]     rank 1 reads a part of both files
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed import ProcessGroup
+
+from megatron.checkpoint.folders import list_checkpoints
+from megatron.checkpoint.format import (
+    Box,
+    Manifest,
+    StateTensor,
+    StoredTensor,
+    TensorKey,
+    find_member,
+    read_manifest,
+)
+from megatron.checkpoint.together import run_on_first, run_together
+from megatron.checkpoint.verify import find_damages
+from megatron.errors import CheckpointError
+from mpu.sharding import Piece
+
+# So many names are listed where tensors are missing or unexpected.
+NUM_NAMES = 5
+
+Slices: TypeAlias = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Copy a region of a tensor in a file to a region of a local tensor."""
+
+    key: str
+    source: Slices
+    target: torch.Tensor
+
+
+def open_checkpoint(
+    path: Path, *, group: ProcessGroup | None = None, verify: bool = True
+) -> "CheckpointReader":
+    """Open the save ``path`` after checking all of it.
+
+    Collective over ``group``; None if this process is alone. Without ``verify`` the sizes of the
+    files and the tensors in them are checked, but not their hashes.
+
+    Raises:
+        CheckpointError: on every rank, if the save is missing, damaged or contradicts itself.
+    """
+    manifest = run_on_first(lambda: _read_manifest(path), group)
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    # The largest first, so that the ranks get about as much each.
+    names = sorted(manifest.files, key=lambda name: manifest.files[name].bytes, reverse=True)
+    mine = names[rank::size]
+    damages = run_together(lambda: find_damages(path, manifest, mine, verify), group)
+    found = [damage for damages_of_rank in damages for damage in damages_of_rank]
+    if found:
+        others = f" (other damaged files: {len(found) - 1})" if len(found) > 1 else ""
+        raise CheckpointError(found[0] + others)
+    return CheckpointReader(path, manifest, group)
+
+
+class CheckpointReader:
+    """A save that has been checked.
+
+    Attributes:
+        path: its folder.
+        state: what the run needs to go on.
+        config: the configuration of the run that wrote it.
+        layout: the rank grid that wrote it.
+        tensors: by (kind, name), what is stored of each tensor.
+        files: names of the files that the saving run has kept with it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, group: ProcessGroup | None) -> None:
+        self.path = path
+        self.state: Mapping[str, Any] = manifest.state
+        self.config: Mapping[str, Any] = manifest.config
+        self.layout: Mapping[str, Any] = manifest.layout
+        self.tensors: Mapping[TensorKey, StoredTensor] = {
+            tensor.key: tensor for tensor in manifest.tensors
+        }
+        tensor_files = {box.file for tensor in manifest.tensors for box in tensor.boxes}
+        self.files = tuple(name for name in manifest.files if name not in tensor_files)
+        self._group = group
+
+    def file(self, name: str) -> bytes:
+        """Contents of one of ``files``.
+
+        Raises:
+            CheckpointError: if the save holds no such file.
+        """
+        if name not in self.files:
+            raise CheckpointError(f"{self.path}: holds no file {name!r}, only {list(self.files)}")
+        return find_member(self.path, name).read_bytes()
+
+    def read(self, kind: str, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU. Not collective.
+
+        Raises:
+            CheckpointError: if the save holds no such tensor.
+        """
+        stored = self.tensors.get((kind, name))
+        if stored is None:
+            raise CheckpointError(f"{self.path}: holds no {kind} of {name!r}")
+        tensor = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
+        zeros = (0,) * len(stored.shape)
+        whole = Piece(start=zeros, shape=stored.shape, local_start=zeros)
+        self._fill([StateTensor(kind, name, stored.shape, (whole,), tensor, owned=True)])
+        return tensor
+
+    def read_into(self, targets: Iterable[StateTensor]) -> None:
+        """Fill the pieces of every target, from whatever layout saved them; padding stays as it is.
+
+        Collective over the group that the save was opened with. The ranks' targets together must be
+        exactly the tensors of the save, of equal shapes and dtypes.
+
+        Raises:
+            CheckpointError: on every rank, naming the tensors that differ; nothing has been read.
+        """
+        mine = list(targets)
+        wanted = set().union(*run_together(lambda: self._check_targets(mine), self._group))
+        self._check_names(wanted)
+        run_together(lambda: self._fill(mine), self._group)
+
+    def _check_targets(self, targets: Sequence[StateTensor]) -> set[TensorKey]:
+        for target in targets:
+            stored = self.tensors.get(target.key)
+            if stored is None:
+                continue
+            if (target.shape, target.dtype) != (stored.shape, stored.dtype):
+                raise CheckpointError(
+                    f"{self.path}: {target.kind} of {target.name} is {stored.dtype} of shape "
+                    f"{stored.shape}, but the model's is {target.dtype} of shape {target.shape}"
+                )
+        return {target.key for target in targets}
+
+    def _check_names(self, wanted: set[TensorKey]) -> None:
+        stored = set(self.tensors)
+        if wanted != stored:
+            raise CheckpointError(
+                f"{self.path}: is of another model. Missing in the checkpoint: "
+                f"{_some(wanted - stored)}\nMissing in the model: {_some(stored - wanted)}"
+            )
+
+    def _fill(self, targets: Iterable[StateTensor]) -> None:
+        copies: defaultdict[str, list[_Copy]] = defaultdict(list)
+        for target in targets:
+            for box in self.tensors[target.key].boxes:
+                copies[box.file] += _copies(box, target)
+        for name, of_file in copies.items():
+            path = find_member(self.path, name)
+            try:
+                _run_copies(path, of_file)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _run_copies(path: Path, copies: Iterable[_Copy]) -> None:
+    with safe_open(path, framework="pt") as file:
+        for copy in copies:
+            copy.target.copy_(file.get_slice(copy.key)[copy.source])
+
+
+def _copies(box: Box, target: StateTensor) -> list[_Copy]:
+    """What to copy from ``box`` to the pieces of ``target``."""
+    local = target.tensor.detach()
+    copies = []
+    for piece in target.pieces:
+        first = [max(a, b) for a, b in zip(box.start, piece.start, strict=True)]
+        last = [
+            min(a + n, b + m)
+            for a, n, b, m in zip(box.start, box.shape, piece.start, piece.shape, strict=True)
+        ]
+        if all(a < b for a, b in zip(first, last, strict=True)):
+            source = _slices(first, last, box.start)
+            into = _slices(first, last, piece.start, piece.local_start)
+            copies.append(_Copy(box.key, source, local[into]))
+    return copies
+
+
+def _slices(
+    first: Sequence[int],
+    last: Sequence[int],
+    origin: Sequence[int],
+    local: Sequence[int] | None = None,
+) -> Slices:
+    """The region from ``first`` to ``last``, seen from where ``origin`` lies at ``local``."""
+    shifts = [b - a for a, b in zip(origin, local or [0] * len(origin), strict=True)]
+    return tuple(slice(a + s, b + s) for a, b, s in zip(first, last, shifts, strict=True))
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        return read_manifest(path)
+    except CheckpointError as error:
+        names = ", ".join(other.name for _, other in list_checkpoints(path.parent)) or "none"
+        raise CheckpointError(f"{error}\nvalid checkpoints in {path.parent}: {names}") from error
+
+
+def _some(keys: set[TensorKey]) -> str:
+    names = sorted(f"{kind} of {name}" for kind, name in keys)
+    rest = f" and {len(names) - NUM_NAMES} more" if len(names) > NUM_NAMES else ""
+    return ", ".join(names[:NUM_NAMES]) + rest if names else "nothing"

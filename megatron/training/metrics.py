@@ -1,0 +1,338 @@
+"""What a run tells of its steps: ``metrics.jsonl``, TensorBoard and the log line.
+
+``metrics.jsonl`` is strict JSON, one object a line, of three kinds:
+
+    event   written                 fields, besides "event" and "step"
+    start   once a start            "time" (UTC), and what the caller tells of the run
+    step    after each step         those of StepMetrics, and "loss_hex", "grad_norm_hex"
+    eval    after each evaluation   those of EvalMetrics, and "perplexity"
+
+Numbers that JSON has no sign for are the strings "nan", "inf" and "-inf", which ``float`` reads.
+The hexadecimal fields, made by ``float.hex``, compare two runs bit for bit.
+
+A run that resumes at step n first drops the lines after n, which it is about to write again, so
+that every step stands there once. The line that a killed run left unfinished goes with them.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from operator import attrgetter
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from megatron.errors import ConfigError, DataError, DiskError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+Record: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One step, or the mean of several (see ``Window``); counts are those after the step."""
+
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    loss: float
+    """Mean cross entropy of a token, in nats."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    global_batch_size: int
+    skipped: bool
+    """The weights were not updated."""
+    step_seconds: float
+    tokens_per_second: float
+    """Of all devices together."""
+    tflops_per_device: float
+    """Model FLOPs, in 10^12 a second."""
+    mfu: float | None
+    """Share of the device's peak, 0 to 1; None where the peak is not known."""
+    elapsed_seconds: float
+    """Since this start of the run."""
+    peak_memory_bytes: int
+    """The most that one device, or one process on CPU, has held."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalMetrics:
+    """One evaluation."""
+
+    step: int
+    consumed_samples: int
+    split: str
+    loss: float
+    """Mean cross entropy of a token, in nats."""
+    bits_per_byte: float | None
+    """Of the text; None where the number of its bytes is not known."""
+
+    @property
+    def perplexity(self) -> float:
+        """Choices out of which the model guesses: e^loss, infinite where that overflows."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+class Window:
+    """The steps since the last log line."""
+
+    def __init__(self) -> None:
+        self._steps: list[StepMetrics] = []
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Take in one more step."""
+        self._steps.append(metrics)
+
+    def summarize(self) -> StepMetrics:
+        """The mean of the steps added since the last call, of which there has to be one.
+
+        Loss and gradient norm are means over the steps that were not skipped, if there are any, and
+        rates are means over time. Counts and the learning rate are those of the last step.
+        """
+        steps, self._steps = self._steps, []
+        updates = [step for step in steps if not step.skipped] or steps
+        times = list(map(attrgetter("step_seconds"), steps))
+
+        def rate(field: str) -> float:
+            return fmean(map(attrgetter(field), steps), times)
+
+        return replace(
+            steps[-1],
+            loss=fmean(map(attrgetter("loss"), updates)),
+            grad_norm=fmean(map(attrgetter("grad_norm"), updates)),
+            skipped=any(map(attrgetter("skipped"), steps)),
+            step_seconds=fmean(times),
+            tokens_per_second=rate("tokens_per_second"),
+            tflops_per_device=rate("tflops_per_device"),
+            mfu=None if steps[-1].mfu is None else rate("mfu"),
+            peak_memory_bytes=max(map(attrgetter("peak_memory_bytes"), steps)),
+        )
+
+
+def log_line(metrics: StepMetrics, *, total_steps: int, total_samples: int) -> str:
+    """One line for people to read, with the time that the rest of the run will take."""
+    m = metrics
+    mfu = "n/a" if m.mfu is None else f"{m.mfu:.1%}"
+    remaining = (total_samples - m.consumed_samples) * m.step_seconds / m.global_batch_size
+    parts = [
+        f"step {m.step:{len(str(total_steps))}}/{total_steps} "
+        f"{m.consumed_samples / total_samples:6.1%}",
+        f"loss {m.loss:.4f} lr {m.learning_rate:.2e} norm {m.grad_norm:.3f}"
+        + (" (skipped updates)" if m.skipped else ""),
+        f"batch {m.global_batch_size} samples {short_number(m.consumed_samples)} "
+        f"tokens {short_number(m.consumed_tokens)}",
+        f"{short_number(m.step_seconds)} s/step {short_number(m.tokens_per_second)} tok/s "
+        f"{short_number(m.tflops_per_device)} TFLOP/s MFU {mfu}",
+        f"ETA {duration(remaining)}",
+    ]
+    return " | ".join(parts)
+
+
+def eval_line(metrics: EvalMetrics) -> str:
+    """One line for people to read about an evaluation."""
+    line = (
+        f"step {metrics.step} | {metrics.split} loss {metrics.loss:.4f} "
+        f"perplexity {short_number(metrics.perplexity)}"
+    )
+    if metrics.bits_per_byte is not None:
+        line += f" bits/byte {metrics.bits_per_byte:.4f}"
+    return line
+
+
+def duration(seconds: float) -> str:
+    """``seconds``, at least 0, as h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"
+
+
+def short_number(value: float) -> str:
+    """Three significant digits: 0.0123, 1.23, 123, 1.23k, 123M."""
+    # Rounded first, so that 999,950 becomes 1M and not 1000k.
+    value = float(f"{value:.3g}")
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if unit <= value < math.inf:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+class MetricsWriter:
+    """Appends to ``metrics.jsonl`` of a run folder and, if asked, to TensorBoard.
+
+    Each line is handed to the operating system at once, so that a killed process loses none.
+
+    Args:
+        folder: the run folder; it exists.
+        tensorboard: write ``folder/tensorboard`` too.
+        enabled: False makes a writer that does nothing, for all ranks but one.
+        resume_step: the last step that counts, 0 at the start of a run; later lines are dropped.
+
+    Raises:
+        ConfigError: if TensorBoard is asked for and not installed.
+        DiskError: if a file cannot be written, here or in any of the methods.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool, enabled: bool, resume_step: int) -> None:
+        self._path = folder / METRICS_FILE
+        self._resume_step = resume_step
+        self._enabled = enabled
+        self._board: SummaryWriter | None = None
+        if not enabled:
+            return
+        with _telling_disk_errors(self._path):
+            if tensorboard:
+                self._board = _open_tensorboard(folder / "tensorboard", resume_step)
+            if self._path.exists():
+                _drop_lines_after(self._path, resume_step)
+            # Line buffering: every write ends a line.
+            self._file = self._path.open("a", buffering=1, encoding="ascii")
+
+    def write_start(self, info: Mapping[str, Any]) -> None:
+        """Tell of a start of the run: layout, device, number of parameters, config, ...
+
+        ``tools/report.py`` shows every entry; "config" apart from the others.
+        """
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        self._append({"event": "start", "step": self._resume_step, "time": time, **info})
+
+    def write_step(self, metrics: StepMetrics) -> None:
+        """Tell of a step."""
+        exact = {"loss_hex": metrics.loss.hex(), "grad_norm_hex": metrics.grad_norm.hex()}
+        self._append({"event": "step", **asdict(metrics), **exact})
+        self._plot(
+            metrics.step,
+            {
+                "train/loss": metrics.loss,
+                "train/learning_rate": metrics.learning_rate,
+                "train/grad_norm": metrics.grad_norm,
+                "train/global_batch_size": metrics.global_batch_size,
+                "train/consumed_tokens": metrics.consumed_tokens,
+                "speed/step_seconds": metrics.step_seconds,
+                "speed/tokens_per_second": metrics.tokens_per_second,
+                "speed/tflops_per_device": metrics.tflops_per_device,
+                "speed/mfu": metrics.mfu,
+                "speed/peak_memory_bytes": metrics.peak_memory_bytes,
+            },
+        )
+
+    def write_eval(self, metrics: EvalMetrics) -> None:
+        """Tell of an evaluation."""
+        self._append({"event": "eval", **asdict(metrics), "perplexity": metrics.perplexity})
+        self._plot(
+            metrics.step,
+            {
+                f"{metrics.split}/loss": metrics.loss,
+                f"{metrics.split}/perplexity": metrics.perplexity,
+                f"{metrics.split}/bits_per_byte": metrics.bits_per_byte,
+            },
+        )
+
+    def close(self) -> None:
+        """Finish the files; nothing can be written afterwards."""
+        if self._board is not None:
+            self._board.close()
+        if self._enabled:
+            with _telling_disk_errors(self._path):
+                self._file.close()
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if self._enabled:
+            line = json.dumps(_strict(record), allow_nan=False, default=str)
+            with _telling_disk_errors(self._path):
+                self._file.write(f"{line}\n")
+
+    def _plot(self, step: int, values: Mapping[str, float | None]) -> None:
+        if self._board is None:
+            return
+        for tag, value in values.items():
+            if value is not None:
+                self._board.add_scalar(tag, value, step)
+        self._board.flush()
+
+
+@contextmanager
+def _telling_disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a ``metrics.jsonl``, in order; an unfinished last line is left out.
+
+    Raises:
+        DataError: if the file cannot be read, or a line is not a record of ours.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is None:
+            raise DataError(f"{path}, line {number}: must be a JSON object with event and step")
+        records.append(record)
+    return records
+
+
+def _parse(line: bytes) -> Record | None:
+    """The record that ``line`` holds, or None if it holds none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if record.get("event") in ("start", "step", "eval") else None
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Rewrite ``path`` without the lines after ``step`` and those that hold no record."""
+    temporary = path.with_suffix(".tmp")
+    with path.open("rb") as old, temporary.open("wb") as new:
+        for line in old:
+            record = _parse(line)
+            if record is not None and line.endswith(b"\n") and record["step"] <= step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    temporary.replace(path)
+
+
+def _strict(value: Any) -> Any:
+    """``value`` with infinities and NaNs, which JSON lacks, as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> "SummaryWriter":
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "log.tensorboard true needs TensorBoard, which is not installed: "
+            "pip install 'bloom-pretrain[tensorboard]'"
+        ) from error
+    # Hides what an earlier start wrote of the steps that come again.
+    return SummaryWriter(folder, purge_step=resume_step + 1)

@@ -1,0 +1,45 @@
+"""The command line that looks into checkpoints."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.megatron.checkpoint.sample import save
+from tools.checkpoint import main
+
+
+def test_inspect_shows_tensors_config_and_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(save(tmp_path))]) == 0
+    out = capsys.readouterr().out
+    rows = {tuple(line.split()) for line in out.splitlines()}
+    assert ("weight", "gated", "float32", "16", "x", "3", "2", "192") in rows
+    assert ("exp_avg", "scale", "bfloat16", "scalar", "1", "2") in rows
+    assert '"consumed_samples": 800' in out
+    assert '"num_layers": 2' in out
+    assert "tokenizer/tokenizer.json" in out
+
+
+def test_verify_accepts_what_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(save(tmp_path))]) == 0
+    assert "every file is as it was written" in capsys.readouterr().out
+
+
+def test_verify_of_a_damaged_file_exits_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path)
+    os.truncate(path / "rank-00000.safetensors", 100)
+    assert main(["verify", str(path)]) == 4
+    assert "rank-00000.safetensors: is damaged: 100 bytes long" in capsys.readouterr().err
+
+
+def test_missing_checkpoint_exits_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tmp_path / "nothing")]) == 4
+    assert "nothing" in capsys.readouterr().err
