@@ -30,9 +30,9 @@ from megatron.checkpoint.format import (
     find_member,
     read_manifest,
 )
-from megatron.checkpoint.together import run_on_first, run_together
 from megatron.checkpoint.verify import find_damages
 from megatron.errors import CheckpointError
+from megatron.together import run_on_first, run_together
 from mpu.sharding import Piece
 
 # So many names are listed where tensors are missing or unexpected.

@@ -45,8 +45,8 @@ from megatron.checkpoint.format import (
     encode_manifest,
     hash_file,
 )
-from megatron.checkpoint.together import run_on_first, run_together
 from megatron.errors import CheckpointError, DiskError
+from megatron.together import run_on_first, run_together
 
 
 @dataclass(frozen=True)

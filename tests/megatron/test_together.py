@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron.checkpoint.together import run_on_first, run_together
 from megatron.errors import DataError, PeerError
+from megatron.together import run_on_first, run_together
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import world
 
