@@ -11,9 +11,9 @@ object is made; what depends on the number of ranks, by ``Config.layout``.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 def _require(rule: bool, message: str) -> None:
     if not rule:
-        raise ConfigError(message)
+        raise ConfigError(message, on_every_rank=True)
 
 
 def _require_positive(section: str, **values: float) -> None:
@@ -146,7 +146,7 @@ class ParallelConfig:
     data: int | None = None
     """Ranks that read different samples; null is all that the tensor size leaves."""
     sequence: bool = False
-    """Sequence parallelism: between its parallel layers, a tensor rank keeps a part of the sequence."""
+    """Sequence parallelism: a tensor rank keeps a part of the sequence between parallel layers."""
 
     def __post_init__(self) -> None:
         _require_positive("parallel", tensor=self.tensor)
@@ -249,7 +249,7 @@ class TrainConfig:
     """Length, batches, precision and evaluation of the run."""
 
     samples: int
-    """Samples to train on in all."""
+    """Samples to train on in all; a last batch that would go beyond is left out."""
     global_batch_size: int
     """Samples in one step, over all ranks."""
     micro_batch_size: int = 1
@@ -286,6 +286,11 @@ class TrainConfig:
             _require_positive("train", stop_at_step=self.stop_at_step)
         if self.rampup is not None:
             self._check_rampup(self.rampup)
+        first = next(self.batch_sizes())
+        _require(
+            self.samples >= first,
+            f"train.samples ({self.samples}) must not be below the first batch ({first})",
+        )
 
     def _check_rampup(self, rampup: RampupConfig) -> None:
         growth = self.global_batch_size - rampup.start
@@ -401,7 +406,27 @@ class Config:
         for batch in self.train.batch_sizes():
             name = "train.global_batch_size" if self.train.rampup is None else "every ramp-up batch"
             _require_multiple(name, batch, "train.micro_batch_size x data parallel size", step)
+        _require_multiple(
+            "train.eval_samples",
+            self.train.eval_samples,
+            "train.micro_batch_size x data parallel size",
+            step,
+        )
         return ParallelDims(tensor=tensor, data=data)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The values of ``config`` as JSON has them; what YAML prints of it can be read again."""
+    values: dict[str, Any] = _plain(asdict(config))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -414,12 +439,11 @@ def load_config(argv: Sequence[str]) -> Config:
     """
     parser = build_parser()
     try:
-        namespace = parser.parse_args(list(argv))
-        return _instantiate(parser, namespace)
-    except ArgumentError as error:
-        raise ConfigError(_short(str(error))) from error
-    except ValueError as error:
-        raise ConfigError(_short(str(error))) from error
+        return _instantiate(parser, parser.parse_args(list(argv)))
+    except ConfigError:
+        raise
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(_one_line(error), on_every_rank=True) from error
 
 
 def build_parser() -> ArgumentParser:
@@ -441,7 +465,5 @@ def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})
 
 
-def _short(message: str) -> str:
-    """Keep the lines of jsonargparse's message that say what is wrong."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines)
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines())

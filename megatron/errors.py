@@ -6,9 +6,17 @@ traceback, and leave with its exit code. Everything else is a bug and keeps its 
 
 
 class RunError(Exception):
-    """What ends a run for a reason that has a name."""
+    """What ends a run for a reason that has a name.
+
+    Attributes:
+        on_every_rank: all ranks raise this same error, so that one of them may speak for all.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
 
 
 class ConfigError(RunError, ValueError):

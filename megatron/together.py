@@ -43,6 +43,16 @@ def run_together(action: Callable[[], T], group: ProcessGroup | None) -> list[T]
     return [result for result, _ in outcomes]
 
 
+def run_everywhere(action: Callable[[], T], group: ProcessGroup | None) -> T:
+    """Call ``action`` on every rank of ``group`` and return this rank's own result.
+
+    Collective; raises as ``run_together`` does. The result need not be one that can be sent.
+    """
+    own: list[T] = []
+    run_together(lambda: own.append(action()), group)
+    return own[0]
+
+
 def run_on_first(action: Callable[[], T], group: ProcessGroup | None) -> T:
     """Call ``action`` on the first rank of ``group`` and return its result on every rank.
 
@@ -57,5 +67,5 @@ def _portable(failure: Exception | None, rank: int) -> RunError | None:
     if failure is None:
         return None
     if isinstance(failure, RunError):
-        return type(failure)(str(failure))
+        return type(failure)(str(failure), on_every_rank=True)
     return PeerError(f"rank {rank} failed: {type(failure).__name__}: {failure}")

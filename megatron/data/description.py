@@ -6,6 +6,7 @@ token id is known without reading all of the data.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,3 +67,18 @@ def read_description(prefix: str | Path) -> Description | None:
         expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in types.items())
         raise DataError(f"{path}: is not the description of a dataset, which has {expected}")
     return Description(**values)
+
+
+def bytes_per_token(paths: Mapping[str, float]) -> float | None:
+    """Bytes of text behind one token, over the blend ``paths`` of prefixes and weights.
+
+    None if a dataset has no description.
+    """
+    num_bytes = 0.0
+    total = sum(paths.values())
+    for prefix, weight in paths.items():
+        description = read_description(prefix)
+        if description is None or description.tokens == 0:
+            return None
+        num_bytes += weight / total * description.utf8_bytes / description.tokens
+    return num_bytes

@@ -16,10 +16,17 @@ from mpu import ShardSpec
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step tells: the mean loss over its tokens, and the norm of its gradient."""
+    """What one step tells.
+
+    Attributes:
+        loss: mean over all tokens of the step, in nats.
+        grad_norm: L2 norm of the gradient of that mean, before clipping.
+        skipped: the engine left the weights as they were, as a loss scaler does after an overflow.
+    """
 
     loss: float
     grad_norm: float
+    skipped: bool = False
 
 
 @dataclass(frozen=True)

@@ -111,5 +111,6 @@ def _check_finite(result: StepResult) -> None:
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise NonFiniteError(
             f"loss {result.loss} and gradient norm {result.grad_norm} must be finite; "
-            "the weights are as before this step"
+            "the weights are as before this step",
+            on_every_rank=True,
         )

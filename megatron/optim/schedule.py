@@ -1,6 +1,7 @@
 """The learning rate and the batch size, as functions of the samples consumed."""
 
 import math
+from collections.abc import Iterator
 
 from megatron.config import OptimizerConfig, TrainConfig
 
@@ -49,12 +50,9 @@ def global_batch_size(consumed_samples: int, config: TrainConfig) -> int:
     return rampup.start + done * rampup.increment
 
 
-def count_steps(config: TrainConfig, consumed_samples: int = 0) -> int:
-    """Steps until ``config.samples`` are consumed; the last one may go beyond."""
-    steps = 0
-    while config.rampup is not None and consumed_samples <= config.rampup.samples:
-        if consumed_samples >= config.samples:
-            return steps
-        consumed_samples += global_batch_size(consumed_samples, config)
-        steps += 1
-    return steps + max(0, -(-(config.samples - consumed_samples) // config.global_batch_size))
+def batch_plan(config: TrainConfig) -> Iterator[int]:
+    """The batch of every step of the run, which ends before a batch that would go beyond it."""
+    consumed = 0
+    while consumed + (batch := global_batch_size(consumed, config)) <= config.samples:
+        yield batch
+        consumed += batch

@@ -1,0 +1,136 @@
+"""What a run tells: log lines, metrics.jsonl, TensorBoard."""
+
+import logging
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+
+from megatron.config import Config, config_to_dict
+from megatron.data.description import bytes_per_token
+from megatron.engine.base import StepResult
+from megatron.launch import Launch
+from megatron.model.flops import count_parameters, flops_per_token, peak_flops
+from megatron.optim.schedule import batch_plan
+from megatron.training.metrics import (
+    EvalMetrics,
+    MetricsWriter,
+    StepMetrics,
+    Window,
+    eval_line,
+    log_line,
+)
+from megatron.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Tells of steps and evaluations, on rank 0; on the others it does nothing."""
+
+    def __init__(self, config: Config, launch: Launch, start: Progress) -> None:
+        self._config = config
+        self._launch = launch
+        self._total_steps = sum(1 for _ in batch_plan(config.train))
+        self._flops_per_token = flops_per_token(config.model, "causal")
+        self._bytes_per_token = bytes_per_token(config.data.paths)
+        self._device = _device_name(launch.device)
+        self._peak_flops = peak_flops(self._device, config.train.torch_dtype)
+        self._window = Window()
+        self._started = time.perf_counter()
+        self._writer = MetricsWriter(
+            config.folder,
+            tensorboard=config.log.tensorboard,
+            enabled=launch.rank == 0,
+            resume_step=start.step,
+        )
+        self._announce()
+
+    def _announce(self) -> None:
+        parameters = count_parameters(self._config.model)
+        dims = self._launch.groups.dims
+        layout = {**vars(dims), "sequence": self._config.parallel.sequence}
+        logger.info(
+            "%s parameters, %d ranks (tensor %d x data %d) on %s, %s, %d steps",
+            f"{parameters:,}",
+            self._launch.world_size,
+            dims.tensor,
+            dims.data,
+            self._device,
+            self._config.train.dtype,
+            self._total_steps,
+        )
+        about: dict[str, Any] = {
+            "world_size": self._launch.world_size,
+            "layout": layout,
+            "device": self._device,
+            "parameters": parameters,
+            "torch": torch.__version__,
+            "config": config_to_dict(self._config),
+        }
+        self._writer.write_start(about)
+
+    def step(
+        self, progress: Progress, result: StepResult, lr: float, batch_size: int, seconds: float
+    ) -> None:
+        """Tell of the step that led to ``progress`` and took ``seconds``."""
+        seq_length = self._config.model.seq_length
+        tokens_per_second = batch_size * seq_length / seconds
+        flops = tokens_per_second * self._flops_per_token / self._launch.world_size
+        metrics = StepMetrics(
+            step=progress.step,
+            consumed_samples=progress.consumed_samples,
+            consumed_tokens=progress.consumed_samples * seq_length,
+            loss=result.loss,
+            learning_rate=lr,
+            grad_norm=result.grad_norm,
+            global_batch_size=batch_size,
+            skipped=result.skipped,
+            step_seconds=seconds,
+            tokens_per_second=tokens_per_second,
+            tflops_per_device=flops / 1e12,
+            mfu=None if self._peak_flops is None else flops / self._peak_flops,
+            elapsed_seconds=time.perf_counter() - self._started,
+            peak_memory_bytes=_peak_memory(self._launch.device),
+        )
+        self._writer.write_step(metrics)
+        self._window.add(metrics)
+        if progress.step % self._config.log.interval == 0 or progress.step == self._total_steps:
+            logger.info(
+                log_line(
+                    self._window.summarize(),
+                    total_steps=self._total_steps,
+                    total_samples=self._config.train.samples,
+                )
+            )
+
+    def evaluation(self, progress: Progress, split: str, loss: float) -> None:
+        """Tell of an evaluation after ``progress``."""
+        bits = None
+        if self._bytes_per_token is not None:
+            bits = loss / math.log(2) / self._bytes_per_token
+        metrics = EvalMetrics(
+            step=progress.step,
+            consumed_samples=progress.consumed_samples,
+            split=split,
+            loss=loss,
+            bits_per_byte=bits,
+        )
+        self._writer.write_eval(metrics)
+        logger.info(eval_line(metrics))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _device_name(device: torch.device) -> str:
+    return "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

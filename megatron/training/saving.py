@@ -1,0 +1,136 @@
+"""Saving a run, and going on from a save at any layout."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron.checkpoint.folders import find_latest
+from megatron.checkpoint.format import StateTensor
+from megatron.checkpoint.load import CheckpointReader, open_checkpoint
+from megatron.checkpoint.save import save_checkpoint
+from megatron.config import Config, config_to_dict
+from megatron.engine.base import Engine
+from megatron.errors import CheckpointError
+from megatron.launch import Launch
+from megatron.together import run_on_first
+from megatron.tokenizer import Tokenizer
+from megatron.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+
+# What may differ between a save and the run that goes on from it, of the options of the model.
+_MAY_DIFFER = (
+    "attention_backend",
+    "attention_dropout",
+    "hidden_dropout",
+    "init_std",
+    "layernorm",
+    "vocab_padding_multiple",
+)
+
+
+class RunCheckpoints:
+    """The saves of one run. All methods are collective."""
+
+    def __init__(
+        self, config: Config, launch: Launch, engine: Engine, tokenizer: Tokenizer | None
+    ) -> None:
+        self._config = config
+        self._launch = launch
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._folder = config.folder / CHECKPOINTS
+
+    def save(self, progress: Progress) -> None:
+        """Save the state after ``progress``.
+
+        Raises:
+            DiskError: if there is no room, or a file cannot be written.
+        """
+        path = save_checkpoint(
+            self._folder,
+            progress.step,
+            list(state_tensors(self._engine, self._launch)),
+            state={"step": progress.step, "consumed_samples": progress.consumed_samples},
+            config=config_to_dict(self._config),
+            layout=vars(self._launch.groups.dims),
+            files=_tokenizer_files(self._tokenizer),
+            group=dist.group.WORLD,
+            keep_last=self._config.checkpoint.keep_last,
+        )
+        logger.info("saved %s", path)
+
+    def resume(self) -> Progress:
+        """Load the newest save, as ``checkpoint.resume`` asks; the progress that it was made at.
+
+        Raises:
+            CheckpointError: if there has to be a save and is none, or it is damaged or of another
+                model.
+        """
+        path = run_on_first(self._find, dist.group.WORLD)
+        if path is None:
+            logger.info("fresh start: no save in %s", self._folder)
+            return Progress()
+        reader = open_checkpoint(path, group=dist.group.WORLD)
+        _check_config(reader, config_to_dict(self._config))
+        reader.read_into(state_tensors(self._engine, self._launch))
+        progress = Progress(int(reader.state["step"]), int(reader.state["consumed_samples"]))
+        self._engine.state_loaded(progress.step)
+        logger.info("resumed from %s, saved at layout %s", path, dict(reader.layout))
+        return progress
+
+    def _find(self) -> Path | None:
+        resume = self._config.checkpoint.resume
+        latest = find_latest(self._folder)
+        if resume == "required" and latest is None:
+            raise CheckpointError(f"checkpoint.resume required: {self._folder} holds no valid save")
+        if resume == "never" and latest is not None:
+            raise CheckpointError(
+                f"checkpoint.resume never: {self._folder} holds the saves of another run, the "
+                f"newest {latest.name}; choose another folder or remove them"
+            )
+        return latest
+
+
+def state_tensors(engine: Engine, launch: Launch) -> Iterator[StateTensor]:
+    """What this rank holds of the state: one rank of those with equal copies saves it."""
+    groups = launch.groups
+    rank, size = groups.tensor.rank(), groups.tensor.size()
+    for state in engine.named_state():
+        first = rank == 0 or state.spec.dim is not None
+        yield StateTensor(
+            kind=state.kind,
+            name=state.name,
+            shape=state.spec.shape,
+            pieces=tuple(state.spec.pieces(rank, size)),
+            tensor=state.tensor,
+            owned=first and groups.data.rank() == 0,
+        )
+
+
+def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    if tokenizer is None:
+        return {}
+    return {f"{TOKENIZER}/{name}": content for name, content in tokenizer.files().items()}
+
+
+def _check_config(reader: CheckpointReader, config: Mapping[str, Any]) -> None:
+    """Refuse another model; tell of every other option that has changed."""
+    for section in ("model", "train", "data", "optimizer"):
+        saved = reader.config.get(section, {})
+        for name, value in config[section].items():
+            before = saved.get(name)
+            if before == value:
+                continue
+            if section == "model" and name not in _MAY_DIFFER:
+                raise CheckpointError(
+                    f"model.{name} is {value}, but {before} in {reader.path}: not the same model",
+                    on_every_rank=True,
+                )
+            logger.info("%s.%s is now %s, and was %s at the save", section, name, value, before)

@@ -1,0 +1,154 @@
+"""The training run: build the parts, and then step, evaluate and save until it is done."""
+
+import time
+from contextlib import closing
+
+import torch.distributed as dist
+import yaml
+
+from megatron.config import Config, config_to_dict
+from megatron.data.loader import Split
+from megatron.engine.base import Engine
+from megatron.engine.torch_engine import TorchEngine
+from megatron.errors import ConfigError, DiskError, StoppedOnRequestError
+from megatron.launch import Launch, launched, read_environment
+from megatron.log import setup_logging
+from megatron.optim.schedule import batch_plan, global_batch_size, learning_rate
+from megatron.together import run_everywhere, run_on_first
+from megatron.tokenizer import Tokenizer, load_tokenizer
+from megatron.training.batches import BatchReader
+from megatron.training.reporter import Reporter
+from megatron.training.saving import RunCheckpoints
+from megatron.training.stopping import StopRequest
+
+
+class Trainer:
+    """Trains as ``config`` says. Every rank makes one and calls ``train``."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def train(self) -> None:
+        """Train from the newest save, or from the start, to the end or ``train.stop_at_step``.
+
+        Raises:
+            StoppedOnRequestError: after saving, if a signal asked the run to stop.
+            RunError: of another kind, for anything else that ends a run early.
+        """
+        environment = read_environment()
+        setup_logging(environment.rank, environment.world_size)
+        with launched(self.config.layout, self.config.launch, environment) as launch:
+            run = _Run(self.config, launch)
+            with closing(run):
+                run.go()
+
+
+class _Run:
+    """The parts of a run on this rank. Collective, from its making on."""
+
+    def __init__(self, config: Config, launch: Launch) -> None:
+        world = dist.group.WORLD
+        self._config = config
+        self._stop = StopRequest(launch.device)
+        run_on_first(lambda: _write_config(config), world)
+        tokenizer = run_everywhere(lambda: _load_tokenizer(config), world)
+        # Data first: what is wrong with it is known before the model is built.
+        self._train_data = run_everywhere(
+            lambda: _open_data(config, launch, "train", tokenizer), world
+        )
+        self._valid_data = run_everywhere(
+            lambda: _open_data(config, launch, "valid", tokenizer), world
+        )
+        self._engine: Engine = TorchEngine(config, launch.groups, launch.device)
+        self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer)
+        self._progress = self._checkpoints.resume()
+        self._saved_step = self._progress.step
+        self._reporter = run_everywhere(lambda: Reporter(config, launch, self._progress), world)
+
+    def go(self) -> None:
+        """Step until the run is done, or is to stop."""
+        train = self._config.train
+        while not self._is_done():
+            self._step()
+            step = self._progress.step
+            if _is_due(step, train.eval_interval) or (train.eval_interval and self._is_complete()):
+                self._evaluate()
+            if _is_due(step, self._config.checkpoint.save_interval):
+                self._save()
+            if self._stop.agreed():
+                self._save()
+                raise StoppedOnRequestError(
+                    f"stopped on request after step {step}, which is saved", on_every_rank=True
+                )
+        self._save()
+
+    def close(self) -> None:
+        self._reporter.close()
+
+    def _is_complete(self) -> bool:
+        """Whether the next batch would go beyond the samples of the run."""
+        consumed = self._progress.consumed_samples
+        return consumed + self._batch_size() > self._config.train.samples
+
+    def _is_done(self) -> bool:
+        stop = self._config.train.stop_at_step
+        return self._is_complete() or (stop is not None and self._progress.step >= stop)
+
+    def _batch_size(self) -> int:
+        return global_batch_size(self._progress.consumed_samples, self._config.train)
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        batch_size = self._batch_size()
+        microbatches = self._train_data.read(self._progress.consumed_samples, batch_size)
+        self._progress = self._progress.after(batch_size)
+        lr = learning_rate(
+            self._progress.consumed_samples, self._config.optimizer, self._config.train.samples
+        )
+        result = self._engine.train_step(microbatches, lr)
+        seconds = time.perf_counter() - started
+        self._reporter.step(self._progress, result, lr, batch_size, seconds)
+
+    def _evaluate(self) -> None:
+        """The same samples each time, so that the losses of a run can be compared."""
+        loss = self._engine.evaluate(self._valid_data.read(0, self._config.train.eval_samples))
+        self._reporter.evaluation(self._progress, "valid", loss)
+
+    def _save(self) -> None:
+        if self._progress.step != self._saved_step:
+            self._checkpoints.save(self._progress)
+            self._saved_step = self._progress.step
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _write_config(config: Config) -> None:
+    """Make the run folder, and leave the config in it for people and for ``--config``."""
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
+        (config.folder / "config.yaml").write_text(text)
+    except OSError as error:
+        raise DiskError(f"folder {config.folder} cannot be written: {error.strerror}") from error
+
+
+def _load_tokenizer(config: Config) -> Tokenizer | None:
+    if config.data.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({config.model.vocab_size}) must not be below the "
+            f"{tokenizer.vocab_size} tokens of data.tokenizer {config.data.tokenizer}"
+        )
+    return tokenizer
+
+
+def _open_data(
+    config: Config, launch: Launch, split: Split, tokenizer: Tokenizer | None
+) -> BatchReader:
+    num_samples = sum(batch_plan(config.train)) if split == "train" else config.train.eval_samples
+    eod_id = None if tokenizer is None else tokenizer.eod_id
+    return BatchReader(config, launch, split, num_samples, eod_id)

@@ -1,0 +1,218 @@
+"""The rules of docs/design.md on who may import and do what, kept by a test.
+
+Read from the syntax trees of all files, so that imports inside functions count too.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each layer may import of this repository, besides itself. A module belongs to the layer with
+# the longest name that it starts with.
+MAY_IMPORT: dict[str, set[str]] = {
+    "mpu": set(),
+    "megatron.errors": set(),
+    "megatron.config": {"mpu", "megatron.errors"},
+    "megatron.apex": {"megatron.errors"},
+    "megatron.cli": {"megatron.errors"},
+    "megatron.log": {"megatron.errors"},
+    "megatron.together": {"megatron.errors"},
+    "megatron.data.atomic": {"megatron.errors"},
+    "megatron.tokenizer": {"megatron.errors", "megatron.data.atomic"},
+    "megatron.launch": {"mpu", "megatron.config", "megatron.errors", "megatron.log"},
+    "megatron.data": {"megatron.config", "megatron.errors", "megatron.tokenizer"},
+    "megatron.model": {"mpu", "megatron.apex", "megatron.config", "megatron.errors"},
+    "megatron.optim": {"mpu", "megatron.apex", "megatron.config", "megatron.errors"},
+    "megatron.engine": {
+        "mpu",
+        "megatron.config",
+        "megatron.errors",
+        "megatron.model",
+        "megatron.optim",
+    },
+    "megatron.checkpoint": {"mpu.sharding", "megatron.errors", "megatron.together"},
+    "megatron.checkpoint.huggingface": {
+        "mpu.sharding",
+        "megatron.checkpoint",
+        "megatron.config",
+        "megatron.errors",
+        "megatron.together",
+    },
+    "megatron.training": {"mpu", "megatron"},
+    "pretrain_bloom": {
+        "megatron.cli",
+        "megatron.config",
+        "megatron.errors",
+        "megatron.launch",
+        "megatron.log",
+        "megatron.training",
+    },
+    "tools": {"mpu", "megatron"},
+}
+
+# The others may name the type of a group, but start no collective.
+COLLECTIVE = (
+    "mpu",
+    "megatron.checkpoint",
+    "megatron.engine",
+    "megatron.launch",
+    "megatron.optim",
+    "megatron.together",
+    "megatron.training",
+)
+
+OPTIONAL = (
+    "apex",
+    "deepspeed",
+    "matplotlib",
+    "sentencepiece",
+    "tensorboard",
+    "tokenizers",
+    "transformers",
+    "wandb",
+)
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _product_files() -> Iterator[Path]:
+    for folder in ("mpu", "megatron", "tools"):
+        yield from (ROOT / folder).rglob("*.py")
+    yield from ROOT.glob("pretrain_bloom.py")
+
+
+MODULES = {_name(path): path for path in sorted(_product_files())}
+LIBRARY = [name for name in MODULES if name.startswith(("mpu", "megatron"))]
+
+
+@cache
+def nodes(module: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(MODULES[module].read_text())))
+
+
+def imports(module: str) -> set[str]:
+    """Absolute names of the modules, and of the things in them, that ``module`` imports."""
+    names: set[str] = set()
+    for node in nodes(module):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of this repository that ``module`` imports."""
+    ours = ("mpu", "megatron", "tools", "pretrain_bloom", "tests")
+    return {
+        name if name in MODULES else name.rpartition(".")[0] or name
+        for name in imports(module)
+        if name.split(".")[0] in ours
+    }
+
+
+def starts(name: str, layers: set[str] | tuple[str, ...]) -> bool:
+    """Whether ``name`` is one of ``layers`` or inside one."""
+    return any(f"{name}.".startswith(f"{layer}.") for layer in layers)
+
+
+def layer_of(module: str) -> str | None:
+    return max((layer for layer in MAY_IMPORT if starts(module, (layer,))), key=len, default=None)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_its_layer_may(module: str) -> None:
+    layer = layer_of(module)
+    if layer is None:
+        # The bare package of modules that all have a layer of their own.
+        assert own_imports(module) == set(), f"{module} has no layer in MAY_IMPORT"
+        return
+    allowed = MAY_IMPORT[layer] | {layer}
+    wrong = {name for name in own_imports(module) if not starts(name, allowed)}
+    assert not wrong, f"{module} may import {sorted(allowed)}, and imports {sorted(wrong)}"
+
+
+def test_no_import_cycles() -> None:
+    try:
+        TopologicalSorter({name: own_imports(name) for name in MODULES}).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports go in a circle: {error.args[1]}")
+
+
+def test_megatron_is_a_namespace_package() -> None:
+    assert not (ROOT / "megatron" / "__init__.py").exists()
+
+
+def test_only_some_layers_use_torch_distributed() -> None:
+    for module in LIBRARY:
+        if starts(module, COLLECTIVE):
+            continue
+        used = {name for name in imports(module) if starts(name, ("torch.distributed",))}
+        # A group may be named and passed on, but not by data, which knows rank and size only.
+        group = set() if starts(module, ("megatron.data",)) else {"torch.distributed.ProcessGroup"}
+        assert used <= group, module
+    others = [name for name in LIBRARY if not starts(name, COLLECTIVE)]
+    assert lines(others, lambda node: is_attribute(node, "torch", {"distributed"})) == {}
+
+
+def test_only_launch_reads_the_environment() -> None:
+    readers = {"environ", "environb", "getenv", "putenv"}
+    others = [name for name in LIBRARY if name != "megatron.launch"]
+    assert lines(others, lambda node: is_attribute(node, "os", readers)) == {}
+    assert not [name for name in others if imports(name) & {f"os.{reader}" for reader in readers}]
+
+
+def test_no_global_statements() -> None:
+    assert lines(MODULES, lambda node: isinstance(node, ast.Global)) == {}
+
+
+def test_nothing_prints_outside_tools() -> None:
+    assert lines([name for name in MODULES if not starts(name, ("tools",))], is_print) == {}
+
+
+def lines(modules: Iterable[str], matches: Callable[[ast.AST], bool]) -> dict[str, list[int]]:
+    """The modules that have nodes that match, and the lines of these."""
+    found = {
+        module: [getattr(node, "lineno", 0) for node in nodes(module) if matches(node)]
+        for module in modules
+    }
+    return {module: numbers for module, numbers in found.items() if numbers}
+
+
+def is_attribute(node: ast.AST, module: str, names: set[str]) -> bool:
+    """Whether ``node`` is ``module.name`` for one of ``names``."""
+    if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+        return False
+    return node.value.id == module and node.attr in names
+
+
+def is_print(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    )
+
+
+def test_library_imports_without_optional_packages() -> None:
+    # None in sys.modules makes an import of that name fail.
+    program = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))
+for name in {LIBRARY!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
