@@ -20,7 +20,7 @@ logger = logging.getLogger("megatron")
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Train, and leave the process with one of the exit codes of ``megatron.errors``."""
-    setup_logging(rank=0, world_size=1)
+    setup_logging(rank=0)
     try:
         Trainer(load_config(sys.argv[1:] if argv is None else argv)).train()
     except RunError as error:

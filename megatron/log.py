@@ -12,10 +12,10 @@ import sys
 LOGGER_NAME = "megatron"
 
 
-def setup_logging(rank: int, world_size: int) -> None:
+def setup_logging(rank: int) -> None:
     """Give the loggers of ``megatron`` their handlers; a second call replaces the first.
 
-    Lines carry date, time and level, and the rank where there is more than one.
+    Lines carry date, time and level, and those of other ranks than 0 their rank.
     """
     logger = logging.getLogger(LOGGER_NAME)
     logger.setLevel(logging.INFO)
@@ -24,7 +24,7 @@ def setup_logging(rank: int, world_size: int) -> None:
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
     for handler in _handlers(rank):
-        handler.setFormatter(_formatter(rank, world_size))
+        handler.setFormatter(_formatter(rank))
         logger.addHandler(handler)
 
 
@@ -39,8 +39,8 @@ def _handlers(rank: int) -> list[logging.Handler]:
     return [output, errors]
 
 
-def _formatter(rank: int, world_size: int) -> logging.Formatter:
-    speaker = f"rank {rank}: " if world_size > 1 else ""
+def _formatter(rank: int) -> logging.Formatter:
+    speaker = f"rank {rank}: " if rank > 0 else ""
     return logging.Formatter(
         f"%(asctime)s %(levelname)s {speaker}%(message)s", datefmt="%m-%d %H:%M:%S"
     )

@@ -124,17 +124,16 @@ class Window:
 def log_line(metrics: StepMetrics, *, total_steps: int, total_samples: int) -> str:
     """One line for people to read, with the time that the rest of the run will take."""
     m = metrics
-    mfu = "n/a" if m.mfu is None else f"{m.mfu:.1%}"
     remaining = (total_samples - m.consumed_samples) * m.step_seconds / m.global_batch_size
     parts = [
-        f"step {m.step:{len(str(total_steps))}}/{total_steps} "
-        f"{m.consumed_samples / total_samples:6.1%}",
-        f"loss {m.loss:.4f} lr {m.learning_rate:.2e} norm {m.grad_norm:.3f}"
-        + (" (skipped updates)" if m.skipped else ""),
-        f"batch {m.global_batch_size} samples {short_number(m.consumed_samples)} "
-        f"tokens {short_number(m.consumed_tokens)}",
-        f"{short_number(m.step_seconds)} s/step {short_number(m.tokens_per_second)} tok/s "
-        f"{short_number(m.tflops_per_device)} TFLOP/s MFU {mfu}",
+        f"step {m.step:{len(str(total_steps))}}/{total_steps}",
+        f"loss {m.loss:.4f}",
+        f"lr {m.learning_rate:.2e}",
+        f"norm {m.grad_norm:.3f}" + (" (skipped updates)" if m.skipped else ""),
+        f"batch {m.global_batch_size}",
+        f"{short_number(m.consumed_tokens)} tokens",
+        f"{m.step_seconds:.3g} s/step {short_number(m.tokens_per_second)} tok/s",
+        f"MFU {m.mfu:.1%}" if m.mfu is not None else f"{m.tflops_per_device:.3g} TFLOP/s MFU n/a",
         f"ETA {duration(remaining)}",
     ]
     return " | ".join(parts)

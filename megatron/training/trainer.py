@@ -36,7 +36,7 @@ class Trainer:
             RunError: of another kind, for anything else that ends a run early.
         """
         environment = read_environment()
-        setup_logging(environment.rank, environment.world_size)
+        setup_logging(environment.rank)
         with launched(self.config.layout, self.config.launch, environment) as launch:
             run = _Run(self.config, launch)
             with closing(run):

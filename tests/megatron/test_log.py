@@ -27,7 +27,7 @@ def speak() -> None:
 
 
 def test_rank_0_informs_on_stdout_and_warns_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging(rank=0, world_size=1)
+    setup_logging(rank=0)
     speak()
     out, err = capsys.readouterr()
     assert [line.split(" ", 2)[2] for line in out.splitlines()] == ["INFO a step"]
@@ -38,7 +38,7 @@ def test_rank_0_informs_on_stdout_and_warns_on_stderr(capsys: pytest.CaptureFixt
 
 
 def test_other_ranks_only_report_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging(rank=3, world_size=4)
+    setup_logging(rank=3)
     speak()
     out, err = capsys.readouterr()
     assert out == ""
@@ -46,14 +46,14 @@ def test_other_ranks_only_report_errors(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_lines_begin_with_date_and_time(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging(rank=0, world_size=1)
+    setup_logging(rank=0)
     speak()
     assert re.fullmatch(r"\d\d-\d\d \d\d:\d\d:\d\d INFO a step\n", capsys.readouterr().out)
 
 
 def test_a_second_setup_does_not_double_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging(rank=0, world_size=1)
-    setup_logging(rank=0, world_size=1)
+    setup_logging(rank=0)
+    setup_logging(rank=0)
     speak()
     assert capsys.readouterr().out.count("a step") == 1
 
@@ -61,7 +61,7 @@ def test_a_second_setup_does_not_double_lines(capsys: pytest.CaptureFixture[str]
 def test_handlers_of_the_root_logger_do_not_double_lines(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setup_logging(rank=0, world_size=1)
+    setup_logging(rank=0)
     speak()
     assert "a step" in capsys.readouterr().out
     assert caplog.records == []
@@ -70,5 +70,5 @@ def test_handlers_of_the_root_logger_do_not_double_lines(
 def test_loggers_of_libraries_are_left_alone() -> None:
     root = logging.getLogger()
     before = root.level, root.handlers[:]
-    setup_logging(rank=0, world_size=1)
+    setup_logging(rank=0)
     assert (root.level, root.handlers) == before
