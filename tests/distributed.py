@@ -1,4 +1,4 @@
-"""Run a test body on several ranks of one machine, on CPU with gloo."""
+"""Run a test body on several ranks of one machine: gloo on the CPU, NCCL where GPUs are."""
 
 import multiprocessing
 import os
@@ -44,7 +44,7 @@ def _run_rank(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"file://{Path(folder) / 'store'}",
         rank=rank,
         world_size=world_size,
