@@ -70,7 +70,7 @@ def open_checkpoint(
     found = [damage for damages_of_rank in damages for damage in damages_of_rank]
     if found:
         others = f" (other damaged files: {len(found) - 1})" if len(found) > 1 else ""
-        raise CheckpointError(found[0] + others)
+        raise CheckpointError(found[0] + others, on_every_rank=True)
     return CheckpointReader(path, manifest, group)
 
 
@@ -132,29 +132,44 @@ class CheckpointReader:
         Raises:
             CheckpointError: on every rank, naming the tensors that differ; nothing has been read.
         """
-        mine = list(targets)
-        wanted = set().union(*run_together(lambda: self._check_targets(mine), self._group))
-        self._check_names(wanted)
-        run_together(lambda: self._fill(mine), self._group)
+        self._read(list(targets), set(self.tensors), exact=True)
 
-    def _check_targets(self, targets: Sequence[StateTensor]) -> set[TensorKey]:
+    def read_weights_into(self, targets: Iterable[StateTensor]) -> None:
+        """Fill the weights of a model as ``read_into`` does, and leave the optimizer's state alone.
+
+        Collective like it. The values are rounded to the dtype of the target.
+
+        Raises:
+            CheckpointError: on every rank, naming the weights that differ; nothing has been read.
+        """
+        weights = {key for key in self.tensors if key[0] == "weight"}
+        self._read(list(targets), weights, exact=False)
+
+    def _read(self, targets: Sequence[StateTensor], stored: set[TensorKey], *, exact: bool) -> None:
+        """Fill ``targets``, which must be ``stored``; with equal dtypes if ``exact``."""
+        keys = run_together(lambda: self._check_targets(targets, exact), self._group)
+        self._check_names(set().union(*keys), stored)
+        run_together(lambda: self._fill(targets), self._group)
+
+    def _check_targets(self, targets: Sequence[StateTensor], exact: bool) -> set[TensorKey]:
         for target in targets:
             stored = self.tensors.get(target.key)
             if stored is None:
                 continue
-            if (target.shape, target.dtype) != (stored.shape, stored.dtype):
+            same_dtype = target.dtype == stored.dtype or not exact
+            if target.shape != stored.shape or not same_dtype:
                 raise CheckpointError(
                     f"{self.path}: {target.kind} of {target.name} is {stored.dtype} of shape "
                     f"{stored.shape}, but the model's is {target.dtype} of shape {target.shape}"
                 )
         return {target.key for target in targets}
 
-    def _check_names(self, wanted: set[TensorKey]) -> None:
-        stored = set(self.tensors)
+    def _check_names(self, wanted: set[TensorKey], stored: set[TensorKey]) -> None:
         if wanted != stored:
             raise CheckpointError(
                 f"{self.path}: is of another model. Missing in the checkpoint: "
-                f"{_some(wanted - stored)}\nMissing in the model: {_some(stored - wanted)}"
+                f"{_some(wanted - stored)}\nMissing in the model: {_some(stored - wanted)}",
+                on_every_rank=True,
             )
 
     def _fill(self, targets: Iterable[StateTensor]) -> None:

@@ -1,5 +1,6 @@
 """From a save of any layout to a model that computes at this one."""
 
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -10,37 +11,36 @@ from torch.distributed import ProcessGroup
 from megatron.checkpoint.folders import find_latest
 from megatron.checkpoint.format import MANIFEST, StateTensor
 from megatron.checkpoint.load import CheckpointReader
-from megatron.config import Config
+from megatron.config import Config, ModelConfig, ParallelConfig
 from megatron.errors import CheckpointError
 from megatron.model.init import build_model
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
 from megatron.tokenizer import Tokenizer, load_tokenizer
+from megatron.training.saving import CHECKPOINTS, TOKENIZER
 from mpu import shard_spec
-
-TOKENIZER_FOLDER = "tokenizer"
-"""Where a save keeps the files of the tokenizer."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """``path`` itself if it is a save, or the newest valid save of the run folder ``path``.
+    """``path`` itself if it is a save, or the newest valid save of the run with folder ``path``.
 
     Raises:
         CheckpointError: if it is neither.
     """
     if (path / MANIFEST).exists():
         return path
-    latest = find_latest(path)
+    latest = find_latest(path / CHECKPOINTS)
     if latest is None:
-        raise CheckpointError(f"{path}: is no checkpoint, and no folder with a valid one")
+        raise CheckpointError(f"{path}: is neither a checkpoint nor a run folder with a valid one")
     return latest
 
 
-def saved_config(reader: CheckpointReader) -> Config:
-    """The config of the run that wrote the save.
+def saved_config(reader: CheckpointReader, *, tensor: int = 1) -> Config:
+    """The config of the run that wrote the save, with ``tensor`` ranks that share each layer.
 
     Raises:
         CheckpointError: if it does not pass for a config.
+        ConfigError: if the model does not divide by so many ranks.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config, "run")
@@ -50,17 +50,19 @@ def saved_config(reader: CheckpointReader) -> Config:
     except (ArgumentError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{reader.path}: its config cannot be used: {reason}") from error
-    return config
+    return replace(config, parallel=ParallelConfig(tensor=tensor))
 
 
 def saved_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
     """The tokenizer that the save holds, if it does.
 
+    It is read from a copy of the files that have been checked, whatever else lies beside them.
+
     Raises:
         DataError: if its files are no tokenizer.
     """
     files = [PurePosixPath(name) for name in reader.files]
-    files = [name for name in files if name.parts[0] == TOKENIZER_FOLDER]
+    files = [name for name in files if name.parts[0] == TOKENIZER]
     if not files:
         return None
     with TemporaryDirectory() as folder:
@@ -68,25 +70,30 @@ def saved_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(reader.file(str(name)))
-        return load_tokenizer(Path(folder) / TOKENIZER_FOLDER)
+        tokenizer = load_tokenizer(Path(folder) / TOKENIZER)
+    # What errors shall name: the copy is gone.
+    tokenizer.path = reader.path / TOKENIZER
+    return tokenizer
 
 
 def load_model(
     reader: CheckpointReader,
+    config: ModelConfig,
     group: ProcessGroup,
     *,
     dtype: torch.dtype,
     device: torch.device,
 ) -> BloomForPretraining:
-    """The saved model, cut over ``group`` whatever layout saved it, and rounded to ``dtype``.
+    """The saved weights, rounded to ``dtype``, as a model that is cut over ``group``.
 
-    Collective over ``group``, which the save was opened with too, or by each rank for itself.
+    Collective over the group that the save was opened with.
+
+    Args:
+        config: of the model, from ``saved_config``.
 
     Raises:
-        CheckpointError: on every rank, if the weights are not those of the config's model.
-        ConfigError: if the model cannot be cut into so many parts.
+        CheckpointError: on every rank, if the weights are not those of such a model.
     """
-    config = saved_config(reader).model
     model = build_model(config, Placement(group, dtype=dtype), device=device)
     for parameter in model.parameters():
         # Reading leaves the padding of the vocabulary as it is.

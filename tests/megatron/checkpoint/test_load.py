@@ -19,6 +19,7 @@ from megatron.errors import CheckpointError
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import (
     FILES,
+    PADDING,
     edit_manifest,
     local_state,
     read_fields,
@@ -100,6 +101,36 @@ def test_parameters_that_require_gradients_are_filled(saves: dict[int, Path]) ->
     open_checkpoint(saves[2]).read_into(states)
     want = local_state(0, 1, filled=True)
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(states, want, strict=True))
+
+
+def model_weights(rank: int, size: int, dtype: torch.dtype, *, filled: bool) -> list[StateTensor]:
+    """The weights of the sample state alone, as ``dtype``."""
+    return [
+        replace(state, tensor=state.tensor.to(dtype))
+        for state in local_state(rank, size, filled=filled)
+        if state.kind == "weight"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_alone_are_read_and_rounded(saves: dict[int, Path], dtype: torch.dtype) -> None:
+    for path in saves.values():
+        got = model_weights(1, 2, dtype, filled=False)
+        open_checkpoint(path).read_weights_into(got)
+        want = model_weights(1, 2, dtype, filled=True)
+        assert [bits(a.tensor) for a in got] == [bits(b.tensor) for b in want]
+
+
+def test_weights_of_another_model_are_refused(saves: dict[int, Path]) -> None:
+    first, *others = model_weights(0, 1, torch.float32, filled=False)
+    reader = open_checkpoint(saves[2])
+    with pytest.raises(CheckpointError, match="Missing in the model: weight of column$"):
+        reader.read_weights_into(others)
+    with pytest.raises(CheckpointError, match="Missing in the checkpoint: weight of new"):
+        reader.read_weights_into([replace(first, name="new"), *others])
+    with pytest.raises(CheckpointError, match=r"but the model's is float32 of shape \(9, 6\)"):
+        reader.read_weights_into([replace(first, shape=(9, 6)), *others])
+    assert all((state.tensor == PADDING).all() for state in others)
 
 
 def read_as(path: Path, targets: list[StateTensor]) -> str:
