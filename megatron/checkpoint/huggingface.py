@@ -140,6 +140,8 @@ def write_weights(
     for file, names in plan.filename_to_tensors.items():
         shard = {name: reader.read("weight", weights[name].name).to(dtype) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        # The library makes its files for this user alone; the umask has made the folder.
+        (folder / file).chmod(folder.stat().st_mode & 0o666)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
