@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron.data.atomic import atomic_write, make_folder
+from megatron.atomic import atomic_write, make_folder
 from megatron.errors import DataError
 
 EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<eod>")

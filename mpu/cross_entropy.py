@@ -4,7 +4,7 @@ Per token, with logits z and target y, the loss is log(sum_v exp z_v) - z_y. Eac
 group holds some v. It computes three numbers a token, the maximum m_r of its logits, the sum
 s_r = sum_v exp(z_v - m_r), and z_y if it holds y, and one all-gather of these gives every rank
 
-    m = max_r m_r        loss = log(sum_r s_r exp(m_r - m)) + m - z_y
+    m = max_r m_r        loss = log(sum_r s_r exp(m_r - m)) + (m - z_y)
 
 Columns that pad the vocabulary take no part: their probability and gradient are exactly zero.
 Probabilities are computed in float32, or float64 for float64 logits.
@@ -176,9 +176,10 @@ def _softmax_(
     ranks = torch.stack([own_max, own_sum, target_logit]).unsqueeze(0)
     maxima, sums, target_logits = all_gather(ranks, group, dim=0).unbind(dim=1)
     maximum = maxima.amax(dim=0)
-    log_sum = (sums * (maxima - maximum).exp()).sum(dim=0).log() + maximum
-    logits.mul_((own_max - log_sum).exp().unsqueeze(-1))
-    return log_sum - target_logits.sum(dim=0), local, here
+    log_sum = (sums * (maxima - maximum).exp()).sum(dim=0).log()
+    logits.mul_((own_max - maximum - log_sum).exp().unsqueeze(-1))
+    # The difference of two logits first: a large one would swallow the logarithm.
+    return log_sum + (maximum - target_logits.sum(dim=0)), local, here
 
 
 def _subtract_target(probabilities: Tensor, local: Tensor, here: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from megatron.atomic import atomic_write, make_folder
 from megatron.cli import run_tool
-from megatron.data.atomic import atomic_write, make_folder
 
 SUFFIXES = (".py", ".txt", ".rst", ".md")
 TEXT_NAMES = ("README", "NEWS", "HISTORY", "LICENSE")

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import BloomForCausalLM
 
+from megatron.atomic import make_folder
 from megatron.checkpoint.huggingface import (
     bloom_config,
     check_exportable,
@@ -29,7 +30,6 @@ from megatron.checkpoint.huggingface import (
 from megatron.checkpoint.load import CheckpointReader, open_checkpoint
 from megatron.cli import run_tool
 from megatron.config import DTYPES, LaunchConfig, ModelConfig
-from megatron.data.atomic import make_folder
 from megatron.errors import CheckpointError, ConfigError, DiskError
 from megatron.launch import RankEnvironment, launched
 from megatron.tokenizer import SPECIAL_NAMES, Tokenizer, load_tokenizer

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.atomic import make_folder
 from megatron.cli import run_tool
-from megatron.data.atomic import make_folder
 from megatron.data.corpus import SUFFIXES, BadRecordError, Record, find_files, read_records
 from megatron.data.description import Description, write_description
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for_vocab

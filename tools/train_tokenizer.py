@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron.atomic import atomic_write, make_folder
 from megatron.cli import run_tool
-from megatron.data.atomic import atomic_write, make_folder
 from megatron.data.corpus import SUFFIXES, BadRecordError, Record, find_files, read_records
 from megatron.errors import DataError
 

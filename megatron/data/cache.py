@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.atomic import atomic_write, make_folder
+from megatron.atomic import atomic_write, make_folder
 from megatron.errors import DiskError
 
 logger = logging.getLogger(__name__)

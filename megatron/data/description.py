@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron.data.atomic import atomic_write
+from megatron.atomic import atomic_write
 from megatron.errors import DataError
 
 

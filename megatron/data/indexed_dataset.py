@@ -28,7 +28,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megatron.data.atomic import atomic_write
+from megatron.atomic import atomic_write
 from megatron.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"

@@ -38,7 +38,7 @@ def build_model(
         model = BloomForPretraining(config, placement, recompute=recompute)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            real = nn.Parameter(torch.empty_like(parameter, device=device))
+            real = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
             set_shard_spec(real, shard_spec(parameter))
             module.register_parameter(name, real)
     return model

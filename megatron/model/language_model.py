@@ -76,8 +76,9 @@ class Embedding(nn.Module):
 
 
 def _replicated_table(rows: int, config: ModelConfig, placement: Placement) -> nn.Embedding:
-    table = nn.Embedding(rows, config.hidden_size, dtype=placement.dtype)
     shape = (rows, config.hidden_size)
+    # Given its weight, the table does not draw one.
+    table = nn.Embedding.from_pretrained(torch.empty(shape, dtype=placement.dtype), freeze=False)
     for parameter in table.parameters():
         set_shard_spec(parameter, ShardSpec(shape=shape, sum_gradient=placement.sequence_parallel))
     return table

@@ -1,3 +1,5 @@
+"""The rank grid: who shares a group with whom."""
+
 import pytest
 import torch.distributed as dist
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.atomic import atomic_write, make_folder
+from megatron.atomic import atomic_write, make_folder
 from megatron.errors import DiskError
 
 
