@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-runs/quickstart}
-samples=${SAMPLES:-3840}
+samples=${SAMPLES:-2560}
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
@@ -54,7 +54,7 @@ train() { # TENSOR_SIZE [option...]
         --parallel.tensor "$ranks" "$@"
 }
 
-half=$((samples / 16 / 2))
+half=$((samples / 8 / 2))
 say "Pretrain at tensor size $tensor, and stop half-way"
 train "$tensor" --train.stop_at_step "$half"
 
