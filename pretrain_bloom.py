@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron.config import load_config
-from megatron.errors import RunError
+from megatron.errors import RunError, StoppedOnRequestError
 from megatron.launch import leave, read_environment
 from megatron.log import setup_logging
 from megatron.training.trainer import Trainer
@@ -21,11 +21,14 @@ logger = logging.getLogger("megatron")
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Train, and leave the process with one of the exit codes of ``megatron.errors``."""
     setup_logging(rank=0)
+    speaks_for_all = True
     try:
+        speaks_for_all = read_environment().rank == 0
         Trainer(load_config(sys.argv[1:] if argv is None else argv)).train()
     except RunError as error:
-        if not error.on_every_rank or read_environment().rank == 0:
-            logger.error("%s", error)
+        if speaks_for_all or not error.on_every_rank:
+            asked_for = isinstance(error, StoppedOnRequestError)
+            logger.log(logging.INFO if asked_for else logging.ERROR, "%s", error)
         # An ordinary exit would wait for threads that wait for lost peers.
         leave(error.exit_code)
     sys.exit(0)

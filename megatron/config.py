@@ -9,15 +9,16 @@ from other values is a property. What can be checked without knowing the machine
 object is made; what depends on the number of ranks, by ``Config.layout``.
 """
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from megatron.config_parser import config_from_values, parse_config
 from megatron.errors import ConfigError
 from mpu import ParallelDims
 
@@ -37,7 +38,9 @@ def _require(rule: bool, message: str) -> None:
 
 def _require_positive(section: str, **values: float) -> None:
     for name, value in values.items():
-        _require(value > 0, f"{section}.{name} must be greater than 0, got {value}")
+        _require(
+            0 < value < math.inf, f"{section}.{name} must be greater than 0 and finite, got {value}"
+        )
 
 
 def _require_not_negative(section: str, **values: float) -> None:
@@ -51,7 +54,12 @@ def _require_below_one(section: str, **values: float) -> None:
 
 
 def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:
-    _require(value % of == 0, f"{name} ({value}) must be a multiple of {of_name} ({of})")
+    below = value - value % of
+    nearest = f"{below} or {below + of}" if below > 0 else str(of)
+    _require(
+        value % of == 0,
+        f"{name} ({value}) must be a multiple of {of_name} ({of}), such as {nearest}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,14 +241,18 @@ class OptimizerConfig:
 class RampupConfig:
     """Growth of the global batch in equal steps from ``start`` to train.global_batch_size."""
 
-    start: int
-    increment: int
-    samples: int
+    start: int = 0
+    """Samples in the first step; 0 is no ramp-up."""
+    increment: int = 0
+    samples: int = 0
     """Samples over which the batch grows."""
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "train.rampup", start=self.start, increment=self.increment, samples=self.samples
+        values = (self.start, self.increment, self.samples)
+        _require(
+            min(values) > 0 or values == (0, 0, 0),
+            "train.rampup.start, train.rampup.increment and train.rampup.samples must be above 0, "
+            "or all 0 for no ramp-up, got {}, {} and {}".format(*values),
         )
 
 
@@ -254,8 +266,9 @@ class TrainConfig:
     """Samples in one step, over all ranks."""
     micro_batch_size: int = 1
     """Samples in one forward pass of one rank."""
-    rampup: RampupConfig | None = None
+    rampup: RampupConfig = field(default_factory=RampupConfig)
     seed: int = 1234
+    """Of the weights, the order of the samples and dropout; below 2**32."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Precision of the computation; weights and gradients are kept in fp32 under bf16."""
     recompute: Recompute = "none"
@@ -282,9 +295,13 @@ class TrainConfig:
             f"train.eval_samples must be above 0 with train.eval_interval {self.eval_interval}, "
             f"got {self.eval_samples}",
         )
+        _require(
+            0 <= self.seed < 2**32,
+            f"train.seed must be at least 0 and below 2**32, got {self.seed}",
+        )
         if self.stop_at_step is not None:
             _require_positive("train", stop_at_step=self.stop_at_step)
-        if self.rampup is not None:
+        if self.rampup.start > 0:
             self._check_rampup(self.rampup)
         first = next(self.batch_sizes())
         _require(
@@ -312,7 +329,7 @@ class TrainConfig:
 
     def batch_sizes(self) -> Iterator[int]:
         """Every global batch size of the run, in order."""
-        if self.rampup is None:
+        if self.rampup.start == 0:
             yield self.global_batch_size
         else:
             yield from range(self.rampup.start, self.global_batch_size + 1, self.rampup.increment)
@@ -378,12 +395,11 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        tensor = self.parallel.tensor
-        of = "parallel.tensor"
-        _require_multiple("model.num_heads", self.model.num_heads, of, tensor)
-        _require_multiple("model.ffn_hidden_size", self.model.ffn_size, of, tensor)
+        model, tensor = self.model, ("parallel.tensor", self.parallel.tensor)
+        _require_multiple("model.num_heads", model.num_heads, *tensor)
+        _require_multiple("model.ffn_hidden_size", model.ffn_size, *tensor)
         if self.parallel.sequence:
-            _require_multiple("model.seq_length", self.model.seq_length, of, tensor)
+            _require_multiple("model.seq_length", model.seq_length, *tensor)
 
     def layout(self, world_size: int) -> ParallelDims:
         """The rank grid on ``world_size`` ranks.
@@ -403,30 +419,28 @@ class Config:
             f"of ranks (WORLD_SIZE {world_size})",
         )
         step = self.train.micro_batch_size * data
+        of = f"train.micro_batch_size {self.train.micro_batch_size} x data parallel size {data}"
+        ramps_up = self.train.rampup.start > 0
+        name = "every batch of train.rampup" if ramps_up else "train.global_batch_size"
         for batch in self.train.batch_sizes():
-            name = "train.global_batch_size" if self.train.rampup is None else "every ramp-up batch"
-            _require_multiple(name, batch, "train.micro_batch_size x data parallel size", step)
-        _require_multiple(
-            "train.eval_samples",
-            self.train.eval_samples,
-            "train.micro_batch_size x data parallel size",
-            step,
-        )
+            _require_multiple(name, batch, of, step)
+        _require_multiple("train.eval_samples", self.train.eval_samples, of, step)
         return ParallelDims(tensor=tensor, data=data)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The values of ``config`` as JSON has them; what YAML prints of it can be read again."""
-    values: dict[str, Any] = _plain(asdict(config))
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     return values
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """The config that ``config_to_dict`` gave ``values`` for.
+
+    Raises:
+        ConfigError: naming the option, its value and the rule that it breaks.
+    """
+    return config_from_values(Config, values)
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -437,33 +451,5 @@ def load_config(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: naming the option, its value and the rule that it breaks.
     """
-    parser = build_parser()
-    try:
-        return _instantiate(parser, parser.parse_args(list(argv)))
-    except ConfigError:
-        raise
-    except (ArgumentError, ValueError) as error:
-        raise ConfigError(_one_line(error), on_every_rank=True) from error
-
-
-def build_parser() -> ArgumentParser:
-    """The command line of a run."""
-    set_parsing_settings(config_read_mode_urls_enabled=False)
-    parser = ArgumentParser(
-        prog="pretrain_bloom.py",
-        description="Pretrain a BLOOM-style language model.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_class_arguments(Config, nested_key=None)
-    return parser
-
-
-def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:
-    values = parser.instantiate_classes(namespace)
-    return Config(**{name: values[name] for name in Config.__dataclass_fields__})
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines())
+    description = "Pretrain a BLOOM-style language model."
+    return parse_config(Config, argv, prog="pretrain_bloom.py", description=description)

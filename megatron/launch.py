@@ -10,8 +10,11 @@ the others through the environment:
 
 import logging
 import os
+import re
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ from megatron.errors import ConfigError, PeerError
 from mpu import ParallelDims, ParallelGroups, build_groups
 
 logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ def launched(
     """
     dims = layout(environment.world_size)
     device = _choose_device(config, environment)
+    # Attention probabilities of far keys are denormal numbers, which slow a CPU down twofold.
+    torch.set_flush_denormal(True)
     with _peer_errors():
         with _deadline(config.startup_timeout, environment):
             _join(config, environment, device)
@@ -147,6 +154,8 @@ def _open_store(config: LaunchConfig, environment: RankEnvironment) -> Store:
     """Where the ranks tell each other their addresses."""
     if environment.address is None:
         return HashStore()
+    if environment.rank > 0:
+        _await_first_rank(config, environment)
     timeout = timedelta(seconds=config.startup_timeout)
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
@@ -162,6 +171,23 @@ def _open_store(config: LaunchConfig, environment: RankEnvironment) -> Store:
     return found
 
 
+def _await_first_rank(config: LaunchConfig, environment: RankEnvironment) -> None:
+    """Wait until somebody listens at the address; torch would tell of each attempt at length."""
+    host, _, port = str(environment.address).rpartition(":")
+    deadline = time.monotonic() + config.startup_timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=config.startup_timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() + _RETRY_SECONDS > deadline:
+                raise PeerError(
+                    f"nobody listens at MASTER_ADDR:MASTER_PORT {environment.address} within "
+                    f"launch.startup_timeout ({config.startup_timeout:g} s): {error.strerror}"
+                ) from error
+        time.sleep(_RETRY_SECONDS)
+
+
 @contextmanager
 def _deadline(seconds: float, environment: RankEnvironment) -> Iterator[None]:
     """End the process if the body takes longer: another program may listen at the port, and a
@@ -169,8 +195,7 @@ def _deadline(seconds: float, environment: RankEnvironment) -> Iterator[None]:
 
     def give_up() -> None:
         logger.error(
-            "rank %d of %d: not all ranks met at %s within launch.startup_timeout (%g s)",
-            environment.rank,
+            "not all of %d ranks met at %s within launch.startup_timeout (%g s)",
             environment.world_size,
             environment.address,
             seconds,
@@ -193,6 +218,7 @@ def _peer_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            first_line = str(error).splitlines()[0]
-            raise PeerError(f"another rank was lost or did not answer: {first_line}") from error
+            # Without the place in the C++ source that gloo begins with.
+            reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
+            raise PeerError(f"another rank was lost or did not answer: {reason}") from error
         raise

@@ -29,7 +29,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "megatron.atomic": {"megatron.errors"},
     "megatron.tokenizer": {"megatron.errors", "megatron.atomic"},
     "megatron.launch": {"mpu", "megatron.config", "megatron.errors", "megatron.log"},
-    "megatron.data": {"megatron.config", "megatron.errors", "megatron.tokenizer"},
+    "megatron.data": {
+        "megatron.atomic",
+        "megatron.config",
+        "megatron.errors",
+        "megatron.tokenizer",
+    },
     "megatron.model": {"mpu", "megatron.apex", "megatron.config", "megatron.errors"},
     "megatron.optim": {"mpu", "megatron.apex", "megatron.config", "megatron.errors"},
     "megatron.engine": {

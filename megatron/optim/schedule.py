@@ -40,7 +40,7 @@ def global_batch_size(consumed_samples: int, config: TrainConfig) -> int:
     During the ramp-up the batch grows by one increment after each equal share of its samples.
     """
     rampup = config.rampup
-    if rampup is None or consumed_samples > rampup.samples:
+    if rampup.start == 0 or consumed_samples > rampup.samples:
         return config.global_batch_size
     increments = (config.global_batch_size - rampup.start) // rampup.increment
     if increments == 0:

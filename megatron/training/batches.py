@@ -19,7 +19,7 @@ class BatchReader:
     The first rank of each tensor group reads the data and the others get it from there.
 
     Args:
-        num_samples: that will be read, from the first on.
+        num_samples: that will be read, from the first on; for 0, the split may be empty.
         eod_id: the end-of-document token, if the tokenizer is known.
 
     Raises:
@@ -34,7 +34,7 @@ class BatchReader:
         self._eod_id = eod_id
         self._weight_dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
         self._loader: MicrobatchLoader | None = None
-        if launch.groups.tensor.rank() == 0:
+        if launch.groups.tensor.rank() == 0 and num_samples > 0:
             samples = build_samples(config, split, num_samples)
             data = launch.groups.data
             self._loader = MicrobatchLoader(samples, data.rank(), data.size())

@@ -5,14 +5,13 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from torch.distributed import ProcessGroup
 
 from megatron.checkpoint.folders import find_latest
 from megatron.checkpoint.format import MANIFEST, StateTensor
 from megatron.checkpoint.load import CheckpointReader
-from megatron.config import Config, ModelConfig, ParallelConfig
-from megatron.errors import CheckpointError
+from megatron.config import Config, ModelConfig, ParallelConfig, config_from_dict
+from megatron.errors import CheckpointError, ConfigError
 from megatron.model.init import build_model
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
@@ -42,14 +41,12 @@ def saved_config(reader: CheckpointReader, *, tensor: int = 1) -> Config:
         CheckpointError: if it does not pass for a config.
         ConfigError: if the model does not divide by so many ranks.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config, "run")
     try:
-        values = parser.parse_object({"run": dict(reader.config)})
-        config: Config = parser.instantiate_classes(values).run
-    except (ArgumentError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{reader.path}: its config cannot be used: {reason}") from error
+        config = config_from_dict(reader.config)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{reader.path}: its config cannot be used: {error}", on_every_rank=True
+        ) from error
     return replace(config, parallel=ParallelConfig(tensor=tensor))
 
 

@@ -89,7 +89,11 @@ class RunCheckpoints:
         resume = self._config.checkpoint.resume
         latest = find_latest(self._folder)
         if resume == "required" and latest is None:
-            raise CheckpointError(f"checkpoint.resume required: {self._folder} holds no valid save")
+            found = sorted(path.name for path in self._folder.glob("*"))
+            raise CheckpointError(
+                f"checkpoint.resume required: {self._folder} holds no valid save, but "
+                f"{', '.join(found) or 'nothing at all'}"
+            )
         if resume == "never" and latest is not None:
             raise CheckpointError(
                 f"checkpoint.resume never: {self._folder} holds the saves of another run, the "

@@ -10,7 +10,7 @@ from megatron.config import Config, config_to_dict
 from megatron.data.loader import Split
 from megatron.engine.base import Engine
 from megatron.engine.torch_engine import TorchEngine
-from megatron.errors import ConfigError, DiskError, StoppedOnRequestError
+from megatron.errors import ConfigError, DiskError, NonFiniteError, StoppedOnRequestError
 from megatron.launch import Launch, launched, read_environment
 from megatron.log import setup_logging
 from megatron.optim.schedule import batch_plan, global_batch_size, learning_rate
@@ -59,7 +59,9 @@ class _Run:
         self._valid_data = run_everywhere(
             lambda: _open_data(config, launch, "valid", tokenizer), world
         )
-        self._engine: Engine = TorchEngine(config, launch.groups, launch.device)
+        self._engine: Engine = run_everywhere(
+            lambda: TorchEngine(config, launch.groups, launch.device), world
+        )
         self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer)
         self._progress = self._checkpoints.resume()
         self._saved_step = self._progress.step
@@ -105,7 +107,11 @@ class _Run:
         lr = learning_rate(
             self._progress.consumed_samples, self._config.optimizer, self._config.train.samples
         )
-        result = self._engine.train_step(microbatches, lr)
+        try:
+            result = self._engine.train_step(microbatches, lr)
+        except NonFiniteError as error:
+            message = f"step {self._progress.step}: {error}"
+            raise NonFiniteError(message, on_every_rank=error.on_every_rank) from error
         seconds = time.perf_counter() - started
         self._reporter.step(self._progress, result, lr, batch_size, seconds)
 

@@ -1,0 +1,145 @@
+"""Runs with a configuration that is refused."""
+
+from tests.integration.cases import Case, changed, yaml
+
+SIZES = {
+    "heads on tensor": changed(
+        "model.num_heads (4)|multiple of parallel.tensor (3)|3 or 6", parallel__tensor=3
+    ),
+    "hidden on heads": changed(
+        "model.hidden_size (64)|multiple of model.num_heads (5)|60 or 65", model__num_heads=5
+    ),
+    "ffn on tensor": changed(
+        "model.ffn_hidden_size (250)|multiple of parallel.tensor (4)|248 or 252",
+        model__ffn_hidden_size=250,
+        parallel__tensor=4,
+    ),
+    "sequence on tensor": changed(
+        "model.seq_length (30)|multiple of parallel.tensor (4)|28 or 32",
+        model__seq_length=30,
+        parallel__tensor=4,
+        parallel__sequence=True,
+    ),
+    "no layers": changed("model.num_layers must be greater than 0|got 0", model__num_layers=0),
+    "rotary with odd heads": changed(
+        "model.position_embedding rotary|even head size|got 1",
+        model__position_embedding="rotary",
+        model__num_heads=64,
+    ),
+    "batch on micro batch": changed(
+        "train.global_batch_size (5)|train.micro_batch_size 2 x data parallel size 1|4 or 6",
+        train__global_batch_size=5,
+    ),
+    "batch on ranks": changed(
+        "train.global_batch_size (6)|train.micro_batch_size 2 x data parallel size 2|4 or 8",
+        world_size=2,
+        train__global_batch_size=6,
+    ),
+    "evaluation on micro batch": changed(
+        "train.eval_samples (3)|train.micro_batch_size 2 x data", train__eval_samples=3
+    ),
+    "first batch beyond the run": changed(
+        "train.samples (3)|below the first batch (4)", train__samples=3
+    ),
+    "ramp-up down": changed(
+        "train.rampup.start (8)|not be above train.global_batch_size (4)",
+        train__rampup__start=8,
+        train__rampup__increment=2,
+        train__rampup__samples=9,
+    ),
+    "ramp-up by uneven steps": changed(
+        "train.global_batch_size - train.rampup.start (6)|multiple of train.rampup.increment (4)",
+        train__global_batch_size=8,
+        train__rampup__start=2,
+        train__rampup__increment=4,
+        train__rampup__samples=9,
+    ),
+    "ramp-up over odd batches": changed(
+        "every batch of train.rampup (1)|multiple of train.micro_batch_size 2",
+        train__rampup__start=1,
+        train__rampup__increment=1,
+        train__rampup__samples=9,
+    ),
+    "ramp-up half given": changed(
+        "train.rampup.start|train.rampup.samples|or all 0|got 2, 0 and 0", train__rampup__start=2
+    ),
+}
+
+VALUES = {
+    "negative rate": changed("optimizer.lr must be greater than 0|got -0.1", optimizer__lr=-0.1),
+    "lowest above highest rate": changed(
+        "optimizer.min_lr (0.2)|not be above optimizer.lr (0.1)",
+        optimizer__lr=0.1,
+        optimizer__min_lr=0.2,
+    ),
+    "decay before warm-up": changed(
+        "optimizer.decay_samples (8)|not be below optimizer.warmup_samples (16)",
+        optimizer__decay_samples=8,
+        optimizer__warmup_samples=16,
+    ),
+    "momentum": changed("optimizer.beta1|below 1|got 1.0", optimizer__beta1=1.0),
+    "dropout": changed("model.hidden_dropout|below 1|got 1.5", model__hidden_dropout=1.5),
+    "sdpa with dropout": changed(
+        "model.attention_backend sdpa|model.attention_dropout 0, got 0.1",
+        model__attention_backend="sdpa",
+        model__attention_dropout=0.1,
+    ),
+    "seed": changed("train.seed|below 2**32|got -1", train__seed=-1),
+    "evaluation of nothing": changed(
+        "train.eval_samples|above 0|train.eval_interval 5, got 0", train__eval_interval=5
+    ),
+    "negative weight of data": changed(
+        "data.paths some/text|weight must be above 0|got -1.0", data__paths={"some/text": -1.0}
+    ),
+    "no training split": changed("data.split|first above 0|got [0.0, 1.0", data__split=[0, 1, 1]),
+    "resets without tokenizer": changed(
+        "data.tokenizer is needed by|data.eod_mask_loss|null", data__eod_mask_loss=True
+    ),
+    "interval": changed("log.interval must be greater than 0|got 0", log__interval=0),
+    "not a number": changed("optimizer.lr must be a number|got 'fast'", optimizer__lr="fast"),
+    "not whole": changed(
+        "model.num_layers must be a whole number|got '2.5'", model__num_layers=2.5
+    ),
+    "not a truth value": changed(
+        "parallel.sequence must be true or false|got 'perhaps'", parallel__sequence="perhaps"
+    ),
+    "neither number nor null": changed(
+        "train.stop_at_step must be a whole number or null|got 'end'", train__stop_at_step="end"
+    ),
+    "two shares": changed("data.split must be a list of 3 numbers|[1, 2]", data__split=[1, 2]),
+    "no mapping": changed("data.paths must be a mapping|got 'text'", data__paths="text"),
+    "no choice": changed(
+        "train.dtype must be one of fp32, bf16, fp64|got 'fp16'", train__dtype="fp16"
+    ),
+    "unknown option": changed(
+        "optimizer.lrr is not an option|did you mean optimizer.lr?", optimizer__lrr=1
+    ),
+    "unknown section": changed(
+        "modle.num_layers is not an option|did you mean model.num_layers?", modle__num_layers=1
+    ),
+    "option without section": changed(
+        "tokenizer is not an option|did you mean data.tokenizer?", tokenizer="x"
+    ),
+    "section for option": changed("train is a section|train.samples", train="x"),
+    "option without value": Case("--log.interval|expected one argument", argv=("--log.interval",)),
+    "word too many": Case("unrecognized arguments: again", argv=("again",)),
+}
+
+FILES = {
+    "no file": Case("--config FOLDER/run.yaml|No such file", argv=("--config", "FOLDER/run.yaml")),
+    "no yaml": yaml("run.yaml: is not YAML|line 2", "model: [1\n"),
+    "no text": yaml("run.yaml: is not YAML|special characters", "model: \0\n"),
+    "list": yaml("run.yaml: must be a mapping|got ['model']", "- model\n"),
+    "empty": yaml("run.yaml: must be a mapping|got None", ""),
+    "unknown option in file": yaml(
+        "run.yaml: model.num_layer is not|did you mean model.num_layers?", "model: {num_layer: 1}"
+    ),
+    "unknown section in file": yaml(
+        "run.yaml: optimiser is not|did you mean optimizer?", "optimiser: {lr: 1}"
+    ),
+    "no section in file": yaml("run.yaml: train must be a section|got 5", "train: 5"),
+    "wrong value in file": yaml("log.interval must be a whole number|[1]", "log: {interval: [1]}"),
+    "hostile tag": yaml(
+        "run.yaml: is not YAML|constructor", 'folder: !!python/object/apply:os.mkdir ["owned"]'
+    ),
+}

@@ -1,0 +1,116 @@
+"""What follows from the values of a config, and what they must be on a number of ranks.
+
+The messages that a user sees are in tests/integration/wrong_configs.py.
+"""
+
+import math
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RampupConfig,
+    TrainConfig,
+    config_to_dict,
+    load_config,
+)
+from megatron.errors import ConfigError
+from mpu import ParallelDims
+
+
+def make_model(**changes: Any) -> ModelConfig:
+    sizes = {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "vocab_size": 509}
+    return ModelConfig(**{**sizes, "seq_length": 16, **changes})
+
+
+def make_config(*, tensor: int = 1, data: int | None = None, **train: Any) -> Config:
+    return Config(
+        folder=Path("somewhere"),
+        model=make_model(),
+        parallel=ParallelConfig(tensor=tensor, data=data),
+        train=TrainConfig(
+            **{"samples": 64, "global_batch_size": 8, "micro_batch_size": 2, **train}
+        ),
+    )
+
+
+def test_sizes_that_follow_from_others() -> None:
+    model = make_model()
+    assert (model.head_size, model.ffn_size) == (12, 192)
+    assert make_model(ffn_hidden_size=100).ffn_size == 100
+
+
+def test_initial_std_is_that_of_bloom_unless_told() -> None:
+    assert make_model().initial_std == math.sqrt(1 / (3 * 48))
+    assert make_model(init_std=0.02).initial_std == 0.02
+
+
+def test_only_gelu_is_not_gated() -> None:
+    gated = {name: make_model(activation=name).is_gated for name in ("gelu", "swiglu", "geglu")}
+    assert gated == {"gelu": False, "swiglu": True, "geglu": True}
+
+
+def test_dtypes_are_those_of_torch() -> None:
+    found = [make_config(dtype=name).train.torch_dtype for name in ("fp32", "bf16", "fp64")]
+    assert found == [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "data"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (8, 2, 4), (4, 4, 1)]
+)
+def test_data_takes_the_ranks_that_tensor_leaves(world_size: int, tensor: int, data: int) -> None:
+    expected = ParallelDims(tensor=tensor, data=data)
+    assert make_config(tensor=tensor).layout(world_size) == expected
+    assert make_config(tensor=tensor, data=data).layout(world_size) == expected
+
+
+def test_layout_refuses_ranks_that_the_grid_does_not_fill() -> None:
+    with pytest.raises(ConfigError, match=r"parallel.tensor \(2\) must divide .*WORLD_SIZE 3"):
+        make_config(tensor=2).layout(3)
+    with pytest.raises(ConfigError, match=r"\(2\) x parallel.data \(1\) .*WORLD_SIZE 4"):
+        make_config(tensor=2, data=1).layout(4)
+
+
+def test_every_batch_of_a_ramp_up_must_be_shared_evenly() -> None:
+    rampup = RampupConfig(start=2, increment=2, samples=30)
+    config = make_config(rampup=rampup)
+    assert list(config.train.batch_sizes()) == [2, 4, 6, 8]
+    assert config.layout(1) == ParallelDims()
+    with pytest.raises(ConfigError, match=r"every batch of train.rampup \(2\) .* such as 4"):
+        config.layout(2)
+
+
+def test_errors_of_a_config_are_those_of_every_rank() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_model(num_heads=5)
+    assert caught.value.on_every_rank
+    assert caught.value.exit_code == 2
+
+
+def test_config_cannot_be_written() -> None:
+    with pytest.raises(FrozenInstanceError):
+        make_config().train.samples = 3  # type: ignore[misc]
+
+
+def test_dictionary_makes_the_same_config_again(tmp_path: Path) -> None:
+    config = Config(
+        folder=tmp_path,
+        model=make_model(init_std=0.1),
+        train=TrainConfig(
+            samples=64, global_batch_size=8, rampup=RampupConfig(start=4, increment=2, samples=9)
+        ),
+        data=DataConfig(paths={"a.b/c": 0.25}, split=(1, 0, 0), tokenizer=tmp_path / "t.json"),
+    )
+    values = config_to_dict(config)
+    assert values["data"]["split"] == [1, 0, 0]
+    assert values["folder"] == str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config

@@ -1,0 +1,107 @@
+"""What is told of steps and evaluations, by rank 0 alone."""
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch.distributed import ProcessGroup
+
+from megatron.data.description import Description, write_description
+from megatron.engine.base import StepResult
+from megatron.launch import Launch
+from megatron.model.flops import count_parameters, flops_per_token
+from megatron.training.metrics import METRICS_FILE, Record, read_metrics
+from megatron.training.progress import Progress
+from megatron.training.reporter import Reporter
+from mpu import ParallelDims, ParallelGroups
+from tests.megatron.training.sample import CPU, SEQ_LENGTH, make_config
+
+
+@pytest.fixture
+def launch(single_group: ProcessGroup) -> Launch:
+    groups = [single_group] * 5
+    return Launch(0, 1, CPU, ParallelGroups(ParallelDims(), *groups))
+
+
+def report(folder: Path, launch: Launch, start: Progress | None = None) -> list[Record]:
+    """What is written of all steps of 0.5 seconds after ``start``, and one evaluation."""
+    config = make_config(folder, data={"paths": {str(folder / "text"): 1.0}})
+    config.folder.mkdir(exist_ok=True)
+    progress = start or Progress()
+    reporter = Reporter(config, launch, progress)
+    while progress.step < 8:
+        progress = progress.after(4)
+        reporter.step(progress, StepResult(3.5, 1.25), 1e-3, 4, 0.5)
+    reporter.evaluation(progress, "valid", 2.0)
+    reporter.close()
+    path = config.folder / METRICS_FILE
+    return read_metrics(path) if path.exists() else []
+
+
+def test_start_tells_layout_and_size(tmp_path: Path, launch: Launch) -> None:
+    first = report(tmp_path, launch)[0]
+    config = make_config(tmp_path)
+    assert first["event"] == "start"
+    assert first["layout"] == {"tensor": 1, "data": 1, "pipeline": 1, "sequence": False}
+    assert first["parameters"] == count_parameters(config.model)
+    assert first["config"]["model"]["hidden_size"] == 16
+
+
+def test_speed_follows_from_the_time_of_the_step(tmp_path: Path, launch: Launch) -> None:
+    step = report(tmp_path, launch)[2]
+    rate = 4 * SEQ_LENGTH / 0.5
+    assert (step["step"], step["consumed_samples"], step["consumed_tokens"]) == (2, 8, 64)
+    assert (step["loss"], step["grad_norm"], step["learning_rate"]) == (3.5, 1.25, 1e-3)
+    assert step["tokens_per_second"] == rate
+    flops = flops_per_token(make_config(tmp_path).model, "causal")
+    assert step["tflops_per_device"] == rate * flops / 1e12
+    assert step["mfu"] is None, "the peak of a CPU is not known"
+    assert step["peak_memory_bytes"] > 10_000_000
+
+
+def test_speed_of_a_device_is_a_share_of_the_whole(tmp_path: Path, launch: Launch) -> None:
+    alone = report(tmp_path, launch)[-2]
+    shared = report(tmp_path, replace(launch, world_size=2))[-2]
+    assert shared["tokens_per_second"] == alone["tokens_per_second"]
+    assert shared["tflops_per_device"] == alone["tflops_per_device"] / 2
+
+
+def test_log_lines_come_at_the_interval_and_at_the_end(
+    tmp_path: Path,
+    launch: Launch,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="megatron")
+    report(tmp_path, launch)
+    steps = [message.split()[1] for message in caplog.messages if message.startswith("step ")]
+    assert steps == ["3/8", "6/8", "8/8", "8"], "three of training, one of the evaluation"
+
+
+def test_bits_per_byte_need_a_description_of_the_data(tmp_path: Path, launch: Launch) -> None:
+    assert report(tmp_path, launch)[-1]["bits_per_byte"] is None
+    description = Description(
+        dataset="0",
+        tokenizer="0",
+        vocab_size=60000,
+        largest_token=5,
+        documents=1,
+        tokens=10,
+        utf8_bytes=40,
+    )
+    write_description(tmp_path / "text", description)
+    assert report(tmp_path, launch)[-1]["bits_per_byte"] == 2.0 / math.log(2) / 4
+
+
+def test_steps_after_the_save_are_written_anew(tmp_path: Path, launch: Launch) -> None:
+    report(tmp_path, launch)
+    again = report(tmp_path, launch, Progress(6, 24))
+    assert [r["step"] for r in again if r["event"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [r["step"] for r in again if r["event"] == "start"] == [0, 6]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, launch: Launch) -> None:
+    assert report(tmp_path, replace(launch, rank=1)) == []

@@ -1,0 +1,122 @@
+"""What a run saves, who saves it, and what may differ when it goes on."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.config import Config
+from megatron.engine.base import Engine, NamedState, StepResult
+from megatron.errors import CheckpointError
+from megatron.model.inputs import ModelInputs
+from megatron.training.progress import Progress
+from megatron.training.saving import RunCheckpoints, state_tensors
+from mpu import ShardSpec
+from tests.distributed import run_ranks
+from tests.megatron.training.sample import make_config, make_launch
+
+
+class TwoTensors(Engine):
+    """Holds one tensor that is cut over the tensor axis and one that is not."""
+
+    def __init__(self, size: int, value: float) -> None:
+        self.cut = torch.full((8 // size, 2), value)
+        self.whole = torch.full((3,), value)
+        self.updates: int | None = None
+
+    def named_state(self) -> list[NamedState]:
+        return [
+            NamedState("cut", "weight", ShardSpec((8, 2), dim=0), self.cut),
+            NamedState("whole", "weight", ShardSpec((3,)), self.whole),
+        ]
+
+    def state_loaded(self, step: int) -> None:
+        self.updates = step
+
+    def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:
+        raise NotImplementedError
+
+    def evaluate(self, microbatches: Iterable[ModelInputs]) -> float:
+        raise NotImplementedError
+
+
+def owned() -> list[str]:
+    launch = make_launch(tensor=2, data=2)
+    return [tensor.name for tensor in state_tensors(TwoTensors(2, 1.0), launch) if tensor.owned]
+
+
+def test_every_part_is_saved_by_one_rank() -> None:
+    assert run_ranks(4, owned) == [["cut", "whole"], ["cut"], [], []]
+
+
+def checkpoints(config: Config, engine: Engine) -> RunCheckpoints:
+    return RunCheckpoints(config, make_launch(), engine, None)
+
+
+def save_and_resume(config: Config, later: Config) -> tuple[Progress, bool, int | None]:
+    checkpoints(config, TwoTensors(1, 7.0)).save(Progress(5, 20))
+    engine = TwoTensors(1, 0.0)
+    progress = checkpoints(later, engine).resume()
+    return progress, bool((engine.cut == 7).all() and (engine.whole == 7).all()), engine.updates
+
+
+def test_resumed_state_and_progress_are_the_saved_ones(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    assert run_ranks(1, save_and_resume, config, config) == [(Progress(5, 20), True, 5)]
+
+
+def test_run_without_saves_starts_at_the_beginning(tmp_path: Path) -> None:
+    assert run_ranks(1, start, make_config(tmp_path)) == [(Progress(0, 0), None)]
+
+
+def start(config: Config) -> tuple[Progress, int | None]:
+    engine = TwoTensors(1, 0.0)
+    return checkpoints(config, engine).resume(), engine.updates
+
+
+def test_changed_options_are_told(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    later = replace(
+        config,
+        model=replace(config.model, hidden_dropout=0.25),
+        train=replace(config.train, seed=9),
+    )
+    ((told, kept),) = run_ranks(1, save_and_listen, config, later)
+    assert told == [
+        "model.hidden_dropout is now 0.25, and was 0.0 at the save",
+        "train.seed is now 9, and was 1234 at the save",
+    ]
+    assert kept == (Progress(5, 20), True, 5)
+
+
+def save_and_listen(
+    config: Config, later: Config
+) -> tuple[list[str], tuple[Progress, bool, int | None]]:
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    kept = save_and_resume(config, later)
+    return [message for message in heard if " is now " in message], kept
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("num_layers", 2), ("vocab_size", 50000), ("position_embedding", "none")]
+)
+def test_another_model_is_refused_by_the_option(tmp_path: Path, option: str, value: object) -> None:
+    config = make_config(tmp_path)
+    later = replace(config, model=replace(config.model, **{option: value}))  # type: ignore[arg-type]
+    before = getattr(config.model, option)
+    (message,) = run_ranks(1, refusal, config, later)
+    assert message.startswith(f"model.{option} is {value}, but {before} in {tmp_path}")
+
+
+def refusal(config: Config, later: Config) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        save_and_resume(config, later)
+    return str(caught.value)
