@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.figures import Figure, Record, recorded, recorder
+from tests.figures import Figure, Record, recorder, summary
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,8 @@ def figure(record_property: Record) -> Figure:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-    lines = [line for report in reports for line in recorded(report.user_properties)]
+    lines = list(summary(item for report in reports for item in report.user_properties))
     if lines:
         terminalreporter.section("figures")
-        for line in sorted(lines):
+        for line in lines:
             terminalreporter.write_line(line)

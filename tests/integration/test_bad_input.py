@@ -58,7 +58,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_ends_with_one_helpful_message(name: str, folder: Path) -> None:
+def test_bad_input_ends_with_one_helpful_message(name: str, folder: Path, figure: Figure) -> None:
     case = CASES[name]
     if not case.trained:
         shutil.rmtree(folder / "run")
@@ -77,6 +77,7 @@ def test_bad_input_ends_with_one_helpful_message(name: str, folder: Path) -> Non
     assert [part for part in words if part not in message] == [], message
     assert result.seconds < MOST_SECONDS
     assert not (folder / "owned").exists()
+    figure("bad input", lines=len(result.complaints), seconds=result.seconds)
 
 
 def test_port_in_use_ends_both_ranks(folder: Path) -> None:
@@ -123,6 +124,5 @@ def start(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_many_mistakes_were_made(figure: Figure) -> None:
+def test_many_mistakes_were_made() -> None:
     assert len(CASES) >= 30
-    figure("bad input", mistakes=len(CASES), most_lines=MOST_LINES, most_seconds=MOST_SECONDS)
