@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,14 @@ from megatron.config import ModelConfig, Recompute
 from megatron.model.init import build_model, init_parameters
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement
-from mpu import ParallelDims, RngStreams, build_groups, vocab_parallel_linear_cross_entropy
+from mpu import (
+    ColumnParallelLinear,
+    ParallelDims,
+    RngStreams,
+    build_groups,
+    vocab_parallel_linear_cross_entropy,
+)
+from mpu.collectives import Pending
 from tests.distributed import run_ranks
 from tests.figures import Figure
 from tests.megatron.model.parallel import ONE_RANK, PARALLEL, Layout
@@ -141,3 +149,44 @@ def count_loss(chunk_tokens: int) -> Counter[tuple[str, int]]:
             hidden, weight, targets, torch.ones(16), group=group, chunk_tokens=chunk_tokens
         ).backward()
     return communication.calls
+
+
+class Order(TorchDispatchMode):
+    """Notes the names of operations in the order in which they begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_input_gradient_is_on_its_way_during_the_weight_gradient(sequence: bool) -> None:
+    run_ranks(2, check_overlap, sequence)
+
+
+def check_overlap(sequence: bool) -> None:
+    group = build_groups(ParallelDims(tensor=2)).tensor
+    layer = ColumnParallelLinear(8, 6, group=group, sequence_parallel=sequence, bias=False)
+    y = layer(torch.randn(1, 4, 8, requires_grad=True))
+    plain_wait = Pending.wait
+    with Order() as order, MonkeyPatch.context() as patch:
+
+        def noted_wait(pending: Pending) -> Tensor:
+            order.names.append("wait")
+            return plain_wait(pending)
+
+        patch.setattr(Pending, "wait", noted_wait)
+        y.sum().backward()
+    reduction = "_reduce_scatter_base_" if sequence else "allreduce_"
+    steps = [name for name in order.names if name in ("mm", reduction, "wait")]
+    assert steps[-3:] == [reduction, "mm", "wait"]
