@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import pytest
 import torch
-from pytest import MonkeyPatch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -179,7 +178,7 @@ def check_overlap(sequence: bool) -> None:
     layer = ColumnParallelLinear(8, 6, group=group, sequence_parallel=sequence, bias=False)
     y = layer(torch.randn(1, 4, 8, requires_grad=True))
     plain_wait = Pending.wait
-    with Order() as order, MonkeyPatch.context() as patch:
+    with Order() as order, pytest.MonkeyPatch.context() as patch:
 
         def noted_wait(pending: Pending) -> Tensor:
             order.names.append("wait")
