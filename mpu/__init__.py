@@ -13,6 +13,7 @@ from mpu.mappings import (
     scatter_to_region,
     scatter_to_sequence,
 )
+from mpu.products import set_main_grad
 from mpu.rng import RngStreams, dropout, init_normal
 from mpu.sharding import Piece, ShardSpec, set_shard_spec, shard_spec
 
@@ -36,6 +37,7 @@ __all__ = [
     "reduce_scatter_to_sequence",
     "scatter_to_region",
     "scatter_to_sequence",
+    "set_main_grad",
     "set_shard_spec",
     "shard_spec",
     "vocab_parallel_cross_entropy",

@@ -23,12 +23,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mpu.collectives import all_gather
+from mpu.products import add_product, computes_in_float32, main_grad
 
 _CHUNK_ELEMENTS = 2**24
 """Logits in one chunk; 64 MiB in float32."""
-
-_WEIGHT_ROWS = 2**14
-"""Rows of a low-precision weight gradient that are computed at once before they are added up."""
 
 
 def vocab_parallel_cross_entropy(
@@ -135,26 +133,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if with_grad else None
+        # Where products are computed in float32, the weight is converted once for all chunks.
+        factor = weight.float() if computes_in_float32(hidden) else weight
         for start in range(0, hidden.size(0), chunk):
             part = slice(start, start + chunk)
-            probabilities = F.linear(hidden[part], weight).to(precise)
+            states = hidden[part].to(factor.dtype)
+            probabilities = F.linear(states, factor).to(precise)
             loss, local, here = _softmax_(probabilities, targets[part], group, columns)
             total += (loss * token_weights[part]).sum()
             if grad_hidden is not None and grad_weight is not None:
                 grad_logits = _subtract_target(probabilities, local, here)
-                grad_logits = grad_logits.mul_(token_weights[part].unsqueeze(-1)).to(weight.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
-                _add_weight_gradient(grad_weight, grad_logits, hidden[part])
+                grad_logits = grad_logits.mul_(token_weights[part].unsqueeze(-1)).to(factor.dtype)
+                grad_hidden[part] = grad_logits @ factor
+                add_product(grad_weight, grad_logits, states)
         if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight, weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+        grad_hidden, grad_weight, weight = ctx.saved_tensors
         # In place: a copy of the weight gradient of a large vocabulary would cost as much memory
         # as the chunks save. The price is that this can run only once.
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None, None
+        grad_hidden.mul_(grad)
+        buffer = main_grad(weight)
+        if buffer is None:
+            grad_weight = grad_weight.mul_(grad).to(weight.dtype)
+            return grad_hidden, grad_weight, None, None, None, None, None
+        buffer.addcmul_(grad_weight, grad.to(buffer.dtype))
+        return grad_hidden, None, None, None, None, None, None
 
 
 def _softmax_(
@@ -186,14 +195,3 @@ def _subtract_target(probabilities: Tensor, local: Tensor, here: Tensor) -> Tens
     """Gradient of the loss with respect to the logits, in place of the probabilities."""
     index = local.unsqueeze(-1)
     return probabilities.scatter_add_(-1, index, -here.to(probabilities.dtype).unsqueeze(-1))
-
-
-def _add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """Add ``grad_logits.T @ hidden`` to ``total``, which may be of a higher precision."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(grad_logits.t(), hidden)
-        return
-    for rows, columns in zip(
-        total.split(_WEIGHT_ROWS), grad_logits.split(_WEIGHT_ROWS, dim=-1), strict=True
-    ):
-        rows += columns.t() @ hidden

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mpu.collectives import all_gather, start_all_reduce, start_reduce_scatter
+from mpu.collectives import Done, Pending, all_gather, start_all_reduce, start_reduce_scatter
 from mpu.mappings import (
     SEQUENCE_DIM,
     gather_from_region,
@@ -31,6 +31,7 @@ from mpu.mappings import (
     reduce_scatter_to_sequence,
     scatter_to_region,
 )
+from mpu.products import linear, main_grad, matmul, weight_gradient
 from mpu.rng import init_normal
 from mpu.sharding import ShardSpec, set_shard_spec
 
@@ -81,7 +82,8 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.skip_bias_add else self.bias
-        y = column_parallel_linear(x, self.weight, bias, self.group, self.sequence_parallel)
+        group = self.group if self.group.size() > 1 else None
+        y = _Linear.apply(x, self.weight, bias, group, self.sequence_parallel)
         return gather_from_region(y, self.group) if self.gather_output else y
 
 
@@ -130,7 +132,7 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = scatter_to_region(x, self.group)
-        partial = F.linear(x, self.weight)
+        partial = _Linear.apply(x, self.weight, None, None, False)
         if self.sequence_parallel:
             y = reduce_scatter_to_sequence(partial, self.group)
         else:
@@ -181,12 +183,11 @@ class VocabParallelEmbedding(nn.Module):
         """
         self._check_ids(ids)
         if self.group.size() == 1:
-            return F.embedding(ids, self.weight)
+            return _Embedding.apply(ids, None, self.weight)
         rows = self.weight.size(0)
         local = ids - self.group.rank() * rows
         elsewhere = (local < 0) | (local >= rows)
-        partial = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        partial = partial.masked_fill(elsewhere.unsqueeze(-1), 0)
+        partial = _Embedding.apply(local.masked_fill(elsewhere, 0), elsewhere, self.weight)
         if self.sequence_parallel:
             return reduce_scatter_to_sequence(partial, self.group)
         return reduce_from_region(partial, self.group)
@@ -203,51 +204,67 @@ class VocabParallelEmbedding(nn.Module):
             )
 
 
-def column_parallel_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    group: ProcessGroup,
-    sequence_parallel: bool,
-) -> Tensor:
-    """The product of a column-parallel layer: ``(*, in)`` -> ``(*, out / tensor)``.
+class _Linear(torch.autograd.Function):
+    """A linear layer whose input gradient is summed over a group while its weight's is computed.
 
-    ``weight`` is this rank's part, ``(out / tensor, in)``. Backward, the input gradient is summed
-    over the group while the weight gradient is computed.
+    Without a group the input gradient is whole already.
     """
-    if group.size() == 1:
-        return F.linear(x, weight, bias)
-    return _ColumnLinear.apply(x, weight, bias, group, sequence_parallel)
 
-
-class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        group: ProcessGroup,
+        group: ProcessGroup | None,
         sequence_parallel: bool,
     ) -> Tensor:
         # The gathered input is kept, so that the backward pass does not gather it once more.
-        whole = all_gather(x, group, SEQUENCE_DIM) if sequence_parallel else x
-        ctx.save_for_backward(whole, weight)
+        if group is not None and sequence_parallel:
+            x = all_gather(x, group, SEQUENCE_DIM)
+        ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.group, ctx.sequence_parallel = bias is not None, group, sequence_parallel
-        return F.linear(whole, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        partial = grad @ weight
-        if ctx.sequence_parallel:
+        partial = matmul(grad, weight)
+        pending: Pending | Done = Done(partial)
+        if ctx.group is not None and ctx.sequence_parallel:
             pending = start_reduce_scatter(partial, ctx.group, SEQUENCE_DIM)
-        else:
+        elif ctx.group is not None:
             pending = start_all_reduce(partial, ctx.group)
-        grad_rows = grad.reshape(-1, grad.size(-1))
-        grad_weight = grad_rows.t() @ x.reshape(-1, x.size(-1))
-        grad_bias = grad_rows.sum(dim=0) if ctx.has_bias else None
+        grad_weight = weight_gradient(weight, grad, x)
+        grad_bias = grad.reshape(-1, grad.size(-1)).sum(dim=0) if ctx.has_bias else None
         return pending.wait(), grad_weight, grad_bias, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of ``weight``, zeros for the ids that are ``elsewhere``."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, elsewhere: Tensor | None, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, elsewhere, weight)
+        rows = F.embedding(ids, weight)
+        return rows if elsewhere is None else rows.masked_fill_(elsewhere.unsqueeze(-1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None]:
+        ids, elsewhere, weight = ctx.saved_tensors
+        if elsewhere is not None:
+            grad = grad.masked_fill(elsewhere.unsqueeze(-1), 0)
+        buffer = main_grad(weight)
+        if buffer is not None and buffer.device.type == "cpu":
+            # Only the rows that were read are touched. On a GPU the order of this sum is random.
+            rows = grad.reshape(-1, grad.size(-1)).to(buffer.dtype)
+            buffer.index_add_(0, ids.reshape(-1), rows)
+            return None, None, None
+        dense = torch.ops.aten.embedding_dense_backward(grad, ids, weight.size(0), -1, False)
+        if buffer is None:
+            return None, None, dense
+        buffer.add_(dense)
+        return None, None, None
 
 
 def _parameter(

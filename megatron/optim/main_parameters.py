@@ -4,9 +4,9 @@
     fp32, fp64    updated themselves          the same objects          of that dtype
     bf16          bf16 copies                 fp32, kept apart          fp32
 
-All gradients are views of one flat buffer: autograd adds to it directly, or, where the computation
-is in bf16, a hook adds each parameter's gradient as soon as it is there and drops it. Then one
-collective reduces everything.
+All gradients are views of one flat buffer. The parallel layers add to it in place; autograd adds
+the others, or, where the computation is in bf16, a hook adds each as soon as it is there and drops
+it. Then one collective reduces everything.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mpu import ShardSpec, set_shard_spec, shard_spec
+from mpu import ShardSpec, set_main_grad, set_shard_spec, shard_spec
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class MainParameters:
         self._to_sum = self._buffer[: sum(sizes[:num_summed])]
         for entry, view in zip(self._entries, self._buffer.split(sizes), strict=True):
             entry.main.grad = view.view_as(entry.main)
+            set_main_grad(entry.model, entry.main.grad)
             if entry.main is not entry.model:
                 entry.model.register_post_accumulate_grad_hook(_Adder(entry.main.grad))
 
@@ -117,6 +118,7 @@ class _Adder:
         self.total = total
 
     def __call__(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.total.add_(parameter.grad)
-        parameter.grad = None
+        # There is none where a layer has added it to the buffer itself.
+        if parameter.grad is not None:
+            self.total.add_(parameter.grad)
+            parameter.grad = None

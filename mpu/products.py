@@ -1,0 +1,105 @@
+"""Matrix products of the layers, and where their weight gradients go.
+
+**Gradients in place.** A parameter may carry a buffer that its gradient is added to, possibly of a
+higher precision (``set_main_grad``). The layers then add their product to it directly and give
+autograd nothing, which saves a tensor of the size of the weight and two passes over it. Without a
+buffer autograd gets the gradient as usual.
+
+**Low precision on a CPU.** A product of bfloat16 matrices adds up in float32 whatever the hardware.
+Processors differ in whether they do that faster than a float32 product of converted matrices, by a
+factor of two either way, so that it is measured once in a process.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+_PROBE_SIZE = 512
+_PROBE_ROUNDS = 5
+
+_WEIGHT_ROWS = 2**14
+"""Rows of a low-precision weight gradient that are computed at once before they are added up."""
+
+
+def set_main_grad(parameter: nn.Parameter, buffer: Tensor) -> None:
+    """Let the layers add the gradient of ``parameter`` to ``buffer``, of its shape."""
+    parameter.main_grad = buffer  # type: ignore[attr-defined]
+
+
+def main_grad(weight: Tensor) -> Tensor | None:
+    """The buffer that the gradient of ``weight`` is added to, if it has one."""
+    buffer: Tensor | None = getattr(weight, "main_grad", None)
+    return buffer
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``(*, k)`` and ``(k, n)`` -> ``(*, n)``, of the dtype of ``a``."""
+    if computes_in_float32(a):
+        return (a.float() @ b.float()).to(a.dtype)
+    return a @ b
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``(*, in)`` and ``(out, in)`` -> ``(*, out)``, of the dtype of ``x``."""
+    if computes_in_float32(x):
+        wide = None if bias is None else bias.float()
+        return nn.functional.linear(x.float(), weight.float(), wide).to(x.dtype)
+    return nn.functional.linear(x, weight, bias)
+
+
+def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+    """``grad.T @ x``, ``(out, in)``, from all leading dimensions; None if ``main_grad`` takes it.
+
+    Args:
+        grad: of the output, ``(*, out)``.
+        x: input, ``(*, in)``.
+    """
+    rows, inputs = grad.reshape(-1, grad.size(-1)), x.reshape(-1, x.size(-1))
+    buffer = main_grad(weight)
+    if buffer is None:
+        return matmul(rows.t(), inputs)
+    add_product(buffer, rows, inputs)
+    return None
+
+
+def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add ``grad.T @ x`` to ``total``, which may be of a higher precision.
+
+    ``(out, in)``, ``(rows, out)``, ``(rows, in)``.
+    """
+    if computes_in_float32(x):
+        grad, x = grad.float(), x.float()
+    if total.dtype == x.dtype:
+        total.addmm_(grad.to(x.dtype).t(), x)
+        return
+    for part, columns in zip(
+        total.split(_WEIGHT_ROWS), grad.split(_WEIGHT_ROWS, dim=-1), strict=True
+    ):
+        part += columns.t() @ x
+
+
+def computes_in_float32(x: Tensor) -> bool:
+    """Whether products of ``x`` are computed from float32 copies."""
+    low = x.dtype in (torch.bfloat16, torch.float16)
+    return low and x.device.type == "cpu" and _converting_is_faster(x.dtype)
+
+
+@cache
+def _converting_is_faster(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of ``dtype`` faster after converting them."""
+    a = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
+    return _fastest(lambda: (a.float() @ a.float()).to(dtype)) < _fastest(lambda: a @ a)
+
+
+def _fastest(product: Callable[[], Tensor]) -> float:
+    """Seconds of the fastest of a few rounds, the first of which does not count."""
+    product()
+    seconds = []
+    for _ in range(_PROBE_ROUNDS):
+        start = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
