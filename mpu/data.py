@@ -18,7 +18,8 @@ def broadcast_batch(
     """Return the first rank's ``batch``, on ``device``, on every rank of ``group``.
 
     Collective: the first rank of the group gives the batch, the others None. Two broadcasts: the
-    shapes, and all elements in one flat buffer.
+    shapes, and all elements in one flat buffer. They go from CPU to CPU, so that nobody waits for a
+    GPU; the group needs a backend for that, such as gloo.
 
     Args:
         batch: int64 tensors of at most four dimensions, with exactly the keys ``names``.
@@ -30,16 +31,16 @@ def broadcast_batch(
     if group.size() == 1:
         if batch is None:
             raise ValueError("the rank that reads the data has no batch")
-        return {name: batch[name].to(device) for name in names}
+        return {name: batch[name].to(device, non_blocking=True) for name in names}
     source = dist.get_process_group_ranks(group)[0]
-    shapes = _broadcast_shapes(batch, names, source, group, device)
+    shapes = _broadcast_shapes(batch, names, source, group)
     sizes = [shape.numel() for shape in shapes]
     if batch is None:
-        flat = torch.empty(sum(sizes), dtype=torch.int64, device=device)
+        flat = torch.empty(sum(sizes), dtype=torch.int64)
     else:
-        flat = torch.cat([batch[name].flatten() for name in names]).to(device)
+        flat = torch.cat([batch[name].flatten() for name in names])
     dist.broadcast(flat, src=source, group=group)
-    parts = flat.split(sizes)
+    parts = flat.to(device, non_blocking=True).split(sizes)
     return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
 
 
@@ -48,7 +49,6 @@ def _broadcast_shapes(
     names: tuple[str, ...],
     source: int,
     group: ProcessGroup,
-    device: torch.device,
 ) -> list[torch.Size]:
     """The shapes of the batch on every rank; the table is (dimensions, lengths...) a row."""
     table = torch.full((len(names), 1 + _MAX_DIMS), -1, dtype=torch.int64)
@@ -56,7 +56,6 @@ def _broadcast_shapes(
         for row, name in zip(table, names, strict=True):
             shape = _check_tensor(name, batch[name]).shape
             row[: 1 + len(shape)] = torch.tensor([len(shape), *shape])
-    table = table.to(device)
     dist.broadcast(table, src=source, group=group)
     rows = table.tolist()
     if any(row[0] < 0 for row in rows):

@@ -14,7 +14,7 @@ from megatron.errors import NonFiniteError
 from megatron.model.init import build_model, init_parameters
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement
-from megatron.optim.adamw import MOMENTS, build_adamw, moment, set_learning_rate, set_step
+from megatron.optim.adamw import MOMENTS, build_adamw, moment, set_step, update
 from megatron.optim.main_parameters import MainParameters
 from mpu import ParallelGroups, RngStreams
 
@@ -58,9 +58,11 @@ class TorchEngine(Engine):
         loss_sum, weight_sum = self._sum_over_data(totals)
         to_mean = 1 / weight_sum.clamp(min=1 / num_tokens)
         grad_norm = self._parameters.gradient_norm(self._groups.tensor) * to_mean
-        result = StepResult(loss=float(loss_sum * to_mean), grad_norm=float(grad_norm))
+        measured = torch.stack([loss_sum * to_mean, grad_norm])
+        self._update(to_mean * self._clip_factor(grad_norm), measured, lr)
+        # The one point of a step where the CPU waits for the device.
+        result = StepResult(*measured.tolist())
         _check_finite(result)
-        self._update(to_mean * self._clip_factor(grad_norm), lr)
         return result
 
     @torch.no_grad()
@@ -100,10 +102,11 @@ class TorchEngine(Engine):
             return torch.ones_like(grad_norm)
         return (self._max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
 
-    def _update(self, gradient_factor: Tensor, lr: float) -> None:
+    def _update(self, gradient_factor: Tensor, measured: Tensor, lr: float) -> None:
+        """Update the weights, unless one of ``measured`` is not finite."""
         self._parameters.scale_gradients(gradient_factor)
-        set_learning_rate(self._optimizer, lr)
-        self._optimizer.step()
+        skip = (~measured.isfinite().all()).float()
+        update(self._optimizer, lr, skip)
         self._parameters.copy_to_model()
 
 

@@ -40,9 +40,20 @@ def build_adamw(parameters: MainParameters, config: OptimizerConfig) -> Optimize
     return optimizer
 
 
-def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+def update(optimizer: Optimizer, lr: float, skip: Tensor) -> None:
+    """Make one update with the learning rate ``lr``, or none if ``skip`` is 1.
+
+    Args:
+        skip: float32 scalar on the device of the parameters, 0 or 1. Torch's kernel looks at it
+            there, so that nobody waits for its value; for apex it has to be read.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
 
 
 def set_step(optimizer: Optimizer, step: int) -> None:

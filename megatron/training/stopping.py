@@ -16,8 +16,7 @@ class StopRequest:
     after each step. A second SIGINT interrupts at once.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._received: int | None = None
         for number in SIGNALS:
             signal.signal(number, self._note)
@@ -29,7 +28,8 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank has been asked to stop. Collective."""
-        flag = torch.tensor(int(self._received is not None), device=self._device)
+        # On the CPU, so that no GPU has to be waited for.
+        flag = torch.tensor(int(self._received is not None))
         if dist.get_world_size() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

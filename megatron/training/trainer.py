@@ -49,7 +49,7 @@ class _Run:
     def __init__(self, config: Config, launch: Launch) -> None:
         world = dist.group.WORLD
         self._config = config
-        self._stop = StopRequest(launch.device)
+        self._stop = StopRequest()
         run_on_first(lambda: _write_config(config), world)
         tokenizer = run_everywhere(lambda: _load_tokenizer(config), world)
         # Data first: what is wrong with it is known before the model is built.

@@ -4,17 +4,14 @@ import os
 import signal
 
 import pytest
-import torch
 
 from megatron.training.stopping import SIGNALS, StopRequest
 from tests.distributed import run_ranks
 
-CPU = torch.device("cpu")
-
 
 def agreements(number: int, rank: int) -> list[bool]:
     """What the ranks agree on before and after ``rank`` gets a signal."""
-    request = StopRequest(CPU)
+    request = StopRequest()
     before = request.agreed()
     if int(os.environ["RANK"]) == rank:
         os.kill(os.getpid(), number)
@@ -32,7 +29,7 @@ def test_signal_to_a_lone_process_is_heard() -> None:
 
 def interrupts() -> list[bool]:
     """Which of several signals, one after another, interrupts."""
-    StopRequest(CPU)
+    StopRequest()
     interrupted = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
         try:
