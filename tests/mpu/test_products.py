@@ -1,0 +1,97 @@
+"""Gradients that are added in place, and products of low precision on a CPU."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpu.products
+from mpu import (
+    ColumnParallelLinear,
+    ParallelDims,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    build_groups,
+    set_main_grad,
+    vocab_parallel_linear_cross_entropy,
+)
+from mpu.products import add_product, linear, matmul
+from tests.distributed import run_ranks
+
+VOCAB, SIZE = 21, 8
+
+
+class Network(nn.Module):
+    """An embedding, two linear layers, and the embedding again as head."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        group = build_groups(ParallelDims(tensor=torch.distributed.get_world_size())).tensor
+        self.group = group
+        self.embedding = VocabParallelEmbedding(VOCAB, SIZE, group=group, dtype=dtype)
+        self.up = ColumnParallelLinear(SIZE, 12, group=group, dtype=dtype)
+        self.down = RowParallelLinear(12, SIZE, group=group, dtype=dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.down(self.up(self.embedding(tokens)).relu())
+        weights = torch.ones(tokens.shape, dtype=torch.float64)
+        head = self.embedding.weight
+        return vocab_parallel_linear_cross_entropy(
+            hidden, head, tokens, weights, group=self.group, vocab_size=VOCAB, chunk_tokens=3
+        )
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_gradients_in_place_equal_those_of_autograd(tensor: int) -> None:
+    run_ranks(tensor, check_in_place)
+
+
+def check_in_place() -> None:
+    tokens = torch.tensor([[3, 0, 20, 3], [7, 7, 1, 19]])
+    network = Network(torch.float64)
+    (2 * network(tokens)).backward()
+    want = {name: parameter.grad for name, parameter in network.named_parameters()}
+
+    network.zero_grad()
+    buffers = {}
+    for name, parameter in network.named_parameters():
+        # What is there already stays.
+        buffers[name] = torch.ones_like(parameter)
+        set_main_grad(parameter, buffers[name])
+    (2 * network(tokens)).backward()
+    for name, parameter in network.named_parameters():
+        if parameter.dim() == 1:
+            assert torch.equal(parameter.grad, want[name]), name
+            continue
+        assert parameter.grad is None, name
+        torch.testing.assert_close(buffers[name] - 1, want[name], rtol=1e-12, atol=1e-14)
+
+
+def test_in_place_sums_are_of_the_buffers_precision() -> None:
+    grad, x = torch.randn(64, 6).bfloat16(), torch.randn(64, 5).bfloat16()
+    total = torch.zeros(6, 5)
+    for _ in range(100):
+        add_product(total, grad, x)
+    want = 100 * grad.double().t() @ x.double()
+    # Each product may be rounded to bfloat16, but not their sum.
+    torch.testing.assert_close(total.double(), want, rtol=2**-8, atol=2**-6)
+
+
+@pytest.mark.parametrize("converts", [False, True])
+def test_low_precision_products_are_within_rounding(
+    converts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpu.products, "_multiplies_float32_faster", lambda: converts)
+    x, weight = torch.randn(3, 7, 40).bfloat16(), torch.randn(9, 40).bfloat16()
+    bias = torch.randn(9).bfloat16()
+    for got, want in (
+        (linear(x, weight, bias), x.double() @ weight.double().t() + bias.double()),
+        (matmul(x, weight.t()), x.double() @ weight.double().t()),
+    ):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-6)
+
+
+def test_full_precision_is_never_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpu.products, "_multiplies_float32_faster", lambda: True)
+    x, weight = torch.randn(5, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    assert torch.equal(linear(x, weight), x @ weight.t())
