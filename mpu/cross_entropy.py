@@ -25,8 +25,11 @@ from torch.distributed import ProcessGroup
 from mpu.collectives import all_gather
 from mpu.products import add_product, computes_in_float32, main_grad
 
-_CHUNK_ELEMENTS = 2**24
-"""Logits in one chunk; 64 MiB in float32."""
+_CHUNK_BYTES = 2**26
+"""Memory of the logits of one chunk on a CPU."""
+
+_CHUNK_SHARE = 1 / 64
+"""Share of a GPU's memory for the logits of one chunk: large products fill it better."""
 
 
 def vocab_parallel_cross_entropy(
@@ -67,10 +70,11 @@ def vocab_parallel_linear_cross_entropy(
         targets: token ids below ``vocab_size``, ``(*)``.
         token_weights: weight of each token's loss in the sum, ``(*)``; no gradient.
         vocab_size: number of tokens, if the last rows are padding; default: all rows.
-        chunk_tokens: tokens whose logits are in memory at once; default: about 64 MiB of them.
+        chunk_tokens: tokens whose logits are in memory at once; default: as many as fit in 64 MiB,
+            or in a 64th of the memory of a GPU.
     """
     columns = _Columns.of_rank(group, weight.size(0), vocab_size)
-    chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // weight.size(0))
+    chunk = chunk_tokens or max(1, _chunk_bytes(weight.device) // (4 * weight.size(0)))
     return _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.size(-1)),
         weight,
@@ -80,6 +84,12 @@ def vocab_parallel_linear_cross_entropy(
         columns,
         chunk,
     )
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CHUNK_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory * _CHUNK_SHARE)
 
 
 @dataclass(frozen=True)

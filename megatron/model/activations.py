@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.config import Activation
+from megatron.model.fusion import fused_on_gpu
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -26,6 +27,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(y, approximate="tanh")
 
 
+@fused_on_gpu
 def activate(x: Tensor, bias: Tensor, activation: Activation) -> Tensor:
     """The activation of the MLP, of ``x + bias``.
 

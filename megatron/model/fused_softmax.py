@@ -3,10 +3,21 @@
     probabilities = softmax(scale * scores - slope (i - j), over the visible keys j)
 
 with query positions i, computed in float32 whatever the dtype of the scores (float64 in float64).
+
+    path               where                                       memory traffic
+    softmax_kernels    GPUs with Triton, up to float32             scores once in, probabilities out
+    torch operations   everywhere; the definition of the result    a float32 copy for each operation
 """
+
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+from megatron.model import softmax_kernels
+
+logger = logging.getLogger(__name__)
 
 
 class FusedScaleMaskSoftmax(nn.Module):
@@ -36,16 +47,37 @@ class FusedScaleMaskSoftmax(nn.Module):
             slopes: ALiBi slope of each head, float32 ``(heads,)``.
             query_start: position of the first query; the first key has position 0.
         """
-        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        logits = scores.to(dtype) * self.scale
-        num_queries, num_keys = scores.shape[-2:]
-        if slopes is not None:
-            distance = _distance(num_queries, num_keys, query_start, scores.device)
-            logits = logits - slopes.to(dtype)[:, None, None] * distance
-        if visible is None:
-            visible = causal_mask(num_queries, num_keys, query_start, scores.device)
-        logits = logits.masked_fill(~visible, torch.finfo(dtype).min)
-        return torch.softmax(logits, dim=-1).to(scores.dtype)
+        fused = scores.dtype in softmax_kernels.DTYPES and _has_kernels(scores.device)
+        softmax = softmax_kernels.fused_scale_mask_softmax if fused else scale_mask_softmax
+        return softmax(scores, self.scale, visible, slopes, query_start)
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the kernels run on ``device``; the log says so once."""
+    available = softmax_kernels.is_available(device)
+    logger.info("attention softmax on %s: %s", device, "Triton" if available else "torch")
+    return available
+
+
+def scale_mask_softmax(
+    scores: Tensor,
+    scale: float,
+    visible: Tensor | None,
+    slopes: Tensor | None,
+    query_start: int,
+) -> Tensor:
+    """What ``FusedScaleMaskSoftmax`` computes, by torch operations."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    logits = scores.to(dtype) * scale
+    num_queries, num_keys = scores.shape[-2:]
+    if slopes is not None:
+        distance = _distance(num_queries, num_keys, query_start, scores.device)
+        logits = logits - slopes.to(dtype)[:, None, None] * distance
+    if visible is None:
+        visible = causal_mask(num_queries, num_keys, query_start, scores.device)
+    logits = logits.masked_fill(~visible, torch.finfo(dtype).min)
+    return torch.softmax(logits, dim=-1).to(scores.dtype)
 
 
 def causal_mask(num_queries: int, num_keys: int, query_start: int, device: torch.device) -> Tensor:

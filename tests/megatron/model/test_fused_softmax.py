@@ -1,9 +1,12 @@
 """FusedScaleMaskSoftmax against the same computation, row by row, in float64."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
 
+from megatron.model import fused_softmax
 from megatron.model.fused_softmax import FusedScaleMaskSoftmax, causal_mask
 
 SCALE = 0.37
@@ -70,6 +73,17 @@ def test_gradient_is_that_of_the_plain_softmax() -> None:
     inner = (grad * probabilities).sum(-1, keepdim=True)
     want = SCALE * probabilities * (grad - inner)
     torch.testing.assert_close(dscores, want, rtol=0, atol=1e-15)
+
+
+def test_log_says_once_what_computes_the_softmax(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="megatron")
+    fused_softmax._has_kernels.cache_clear()
+    for _ in range(2):
+        FusedScaleMaskSoftmax(SCALE)(torch.zeros(1, 1, 2, 2))
+    assert caplog.messages == ["attention softmax on cpu: torch"]
 
 
 def test_causal_mask_lets_a_query_see_itself_and_what_is_before() -> None:
