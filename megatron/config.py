@@ -25,9 +25,11 @@ from mpu import ParallelDims
 Activation: TypeAlias = Literal["gelu", "liglu", "geglu", "reglu", "swiglu"]
 PositionEmbedding: TypeAlias = Literal["alibi", "rotary", "learned", "none"]
 AlibiPrecision: TypeAlias = Literal["exact", "bloom_bf16"]
-AttentionBackend: TypeAlias = Literal["auto", "explicit", "sdpa"]
+Backend: TypeAlias = Literal["explicit", "blocked", "sdpa", "flex", "flash"]
+AttentionBackend: TypeAlias = Literal["auto", Backend]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 
+BACKENDS_WITH_DROPOUT: tuple[Backend, ...] = ("explicit", "blocked")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -96,6 +98,7 @@ class ModelConfig:
     init_std: float | None = None
     """Standard deviation of the initial weights; null is BLOOM's sqrt(1 / (3 hidden_size))."""
     attention_backend: AttentionBackend = "auto"
+    """How attention is computed; auto takes blocked on CPUs, and on GPUs what is the fastest."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -122,10 +125,19 @@ class ModelConfig:
             f"model.position_embedding rotary needs an even head size, got {self.head_size} "
             "(model.hidden_size / model.num_heads)",
         )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        backend = self.attention_backend
         _require(
-            self.attention_backend != "sdpa" or self.attention_dropout == 0,
-            f"model.attention_backend sdpa needs model.attention_dropout 0, "
+            self.attention_dropout == 0 or backend in ("auto", *BACKENDS_WITH_DROPOUT),
+            f"model.attention_backend {backend} needs model.attention_dropout 0, "
             f"got {self.attention_dropout}",
+        )
+        _require(
+            backend != "flash" or not self.rounds_scores,
+            "model.attention_backend flash needs model.alibi_precision exact, "
+            f"got {self.alibi_precision}",
         )
 
     @property
@@ -135,6 +147,11 @@ class ModelConfig:
     @property
     def ffn_size(self) -> int:
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def rounds_scores(self) -> bool:
+        """Attention scores are rounded with BLOOM's bias in them."""
+        return self.position_embedding == "alibi" and self.alibi_precision == "bloom_bf16"
 
     @property
     def is_gated(self) -> bool:
@@ -400,6 +417,16 @@ class Config:
         _require_multiple("model.ffn_hidden_size", model.ffn_size, *tensor)
         if self.parallel.sequence:
             _require_multiple("model.seq_length", model.seq_length, *tensor)
+        backend, dtype = model.attention_backend, self.train.dtype
+        _require(
+            backend != "flash" or not self.data.reset_attention_mask,
+            "model.attention_backend flash needs data.reset_attention_mask false, got true",
+        )
+        _require(
+            (backend != "flash" or dtype == "bf16") and (backend != "flex" or dtype != "fp64"),
+            f"model.attention_backend {backend} needs train.dtype bf16"
+            f"{' or fp32' if backend == 'flex' else ''}, got {dtype}",
+        )
 
     def layout(self, world_size: int) -> ParallelDims:
         """The rank grid on ``world_size`` ranks.

@@ -78,11 +78,13 @@ COLLECTIVE = (
 OPTIONAL = (
     "apex",
     "deepspeed",
+    "flash_attn",
     "matplotlib",
     "sentencepiece",
     "tensorboard",
     "tokenizers",
     "transformers",
+    "triton",
     "wandb",
 )
 

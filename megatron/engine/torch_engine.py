@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config import Config
+from megatron.config import Backend, Config
 from megatron.engine.base import Engine, NamedState, StepResult
 from megatron.errors import NonFiniteError
 from megatron.model.init import build_model, init_parameters
@@ -26,16 +26,23 @@ class TorchEngine(Engine):
         config: of the run.
         groups: of this rank.
         device: where the model lives.
+        backend: how attention is computed.
     """
 
-    def __init__(self, config: Config, groups: ParallelGroups, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, groups: ParallelGroups, device: torch.device, backend: Backend
+    ) -> None:
         self._groups = groups
         self._device = device
         self._seed = config.train.seed
         self._max_grad_norm = config.optimizer.max_grad_norm
         placement = Placement(groups.tensor, config.parallel.sequence, config.train.torch_dtype)
         self.model = build_model(
-            config.model, placement, device=device, recompute=config.train.recompute
+            config.model,
+            placement,
+            device=device,
+            backend=backend,
+            recompute=config.train.recompute,
         )
         self._parameters = MainParameters(self.model)
         init_parameters(self._parameters.named(), config.model, placement, seed=config.train.seed)

@@ -1,74 +1,41 @@
 """The attention core: from queries, keys and values to each head's output.
 
-    backend    how                                        for
-    explicit   scores through FusedScaleMaskSoftmax       the definition; the only one with dropout
-    sdpa       torch's scaled_dot_product_attention,      everything else: no score matrix in memory
+    backend    how                                          for
+    explicit   all scores, through FusedScaleMaskSoftmax    the definition
+    blocked    block by block of queries                    CPU; dropout and bloom_bf16 anywhere
+    sdpa       torch's scaled_dot_product_attention,        GPU
                ALiBi in widened queries and keys
+    flex       torch's FlexAttention, compiled              GPU
+    flash      the package flash-attn                       GPU, where it is installed
+
+All compute the same. Only explicit and blocked have dropout of the probabilities, and round scores
+as the published models did under ``bloom_bf16``; flash has no documents.
 
 Shapes: (batch, heads, seq, head_size), with this rank's heads.
-
-**ALiBi by widening.** A softmax does not change when a row is shifted, so the bias of query i and
-key j may be m j instead of -m (i - j). That is a product of something of the head and something of
-the key: appended to query and key as further columns, it comes out of the product of the two, and
-any attention kernel computes it without knowing of it. In bfloat16, m is written as a sum of three
-bfloat16 numbers and j as 256 a + b, which are exact, so that the bias is as precise as in float32.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.config import AlibiPrecision, ModelConfig
-from megatron.model.alibi import bloom_bf16_bias
-from megatron.model.fused_softmax import FusedScaleMaskSoftmax, causal_mask
+from megatron.config import BACKENDS_WITH_DROPOUT, Backend
+from megatron.model.attention_backends.blocked import blocked_attention
+from megatron.model.attention_backends.flash import flash_attention, flash_is_installed
+from megatron.model.attention_backends.flex import flex_block_attention
+from megatron.model.attention_backends.sdpa import sdpa_attention
+from megatron.model.attention_bias import AttentionBias, AttentionDropout
+from megatron.model.fused_softmax import FusedScaleMaskSoftmax
 from mpu import dropout
 
-Backend: TypeAlias = Literal["explicit", "sdpa"]
-
-_EXTRA_COLUMNS = 8
-"""Columns that widening adds: six are used, and kernels want multiples of eight."""
+__all__ = ["AttentionBias", "AttentionDropout", "Backend", "attention", "runs_on"]
 
 
-@dataclass(frozen=True)
-class AttentionBias:
-    """What all layers of one forward pass share: who sees whom, and ALiBi.
-
-    Attributes:
-        visible: which keys a query sees, boolean ``(batch, 1, queries, keys)``; None is causal.
-        slopes: ALiBi slopes of this rank's heads, float32 ``(heads,)``; None is no ALiBi.
-        alibi_precision: see ``ModelConfig``.
-        query_start: position of the first query, where the keys before it come from a cache.
-    """
-
-    visible: Tensor | None = None
-    slopes: Tensor | None = None
-    alibi_precision: AlibiPrecision = "exact"
-    query_start: int = 0
-
-
-@dataclass(frozen=True)
-class AttentionDropout:
-    """Dropout of the probabilities: how likely, and a key for each row, ``(batch, heads, seq)``."""
-
-    probability: float
-    keys: Tensor
-
-
-def choose_backend(config: ModelConfig) -> Backend:
-    """The backend that ``config`` asks for, or, for ``auto``, the fastest that can do its work.
-
-    ``bloom_bf16`` runs explicitly, because the published models' scores were rounded too.
-    """
-    if config.attention_backend != "auto":
-        return config.attention_backend
-    needs_scores = config.attention_dropout > 0 or (
-        config.position_embedding == "alibi" and config.alibi_precision == "bloom_bf16"
-    )
-    return "explicit" if needs_scores else "sdpa"
+def runs_on(backend: Backend, device: torch.device) -> bool:
+    """Whether ``backend`` can be used on ``device``, as far as what is installed goes."""
+    if backend == "flash":
+        return device.type == "cuda" and flash_is_installed()
+    return backend != "flex" or device.type == "cuda"
 
 
 def attention(
@@ -83,13 +50,42 @@ def attention(
     """Attend: ``(batch, heads, queries, head_size)`` and keys and values of the same heads.
 
     Raises:
-        ValueError: for dropout with a backend that has none.
+        ValueError: for what ``backend`` cannot do.
     """
     if backend == "explicit":
         return explicit_attention(query, key, value, bias, attention_dropout)
+    if backend == "blocked":
+        return blocked_attention(query, key, value, bias, attention_dropout)
+    _check_can_do(backend, bias, attention_dropout)
+    if backend == "sdpa":
+        return sdpa_attention(query, key, value, bias)
+    if backend == "flex":
+        return _flex_attention(query, key, value, bias)
+    return flash_attention(query, key, value, bias.slopes)
+
+
+def _check_can_do(
+    backend: Backend, bias: AttentionBias, attention_dropout: AttentionDropout | None
+) -> None:
+    """Refuse what would be computed wrong."""
     if attention_dropout is not None:
-        raise ValueError("attention backend sdpa has no dropout; use explicit")
-    return sdpa_attention(query, key, value, bias)
+        able = " or ".join(BACKENDS_WITH_DROPOUT)
+        raise ValueError(f"attention backend {backend} has no dropout; use {able}")
+    if backend in ("flex", "flash") and bias.query_start > 0:
+        raise ValueError(f"attention backend {backend} takes no cached keys; use blocked")
+    if backend == "flash" and (bias.documents is not None or bias.exact_slopes is not bias.slopes):
+        raise ValueError("attention backend flash has no documents and no bloom_bf16; use flex")
+
+
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBias) -> Tensor:
+    return flex_block_attention(
+        query,
+        key,
+        value,
+        slopes=bias.exact_slopes,
+        table=bias.rounded(key.size(-2)),
+        blocks=bias.visible_blocks,
+    )
 
 
 def explicit_attention(
@@ -101,14 +97,14 @@ def explicit_attention(
 ) -> Tensor:
     """Attention by its definition, with all scores in memory."""
     scale = 1 / math.sqrt(query.size(-1))
-    if bias.slopes is not None and bias.alibi_precision == "bloom_bf16":
-        scores = _scores_with_bias(query, key, bias.slopes, scale)
-        scale, slopes = 1.0, None
-    else:
+    rounded = bias.rounded(key.size(-2))
+    if rounded is None:
         scores = query @ key.transpose(-1, -2)
-        slopes = bias.slopes
+    else:
+        scores = _scores_with_bias(query, key, rounded, scale)
+        scale = 1.0
     probabilities = FusedScaleMaskSoftmax(scale)(
-        scores, visible=bias.visible, slopes=slopes, query_start=bias.query_start
+        scores, visible=bias.visible, slopes=bias.exact_slopes, query_start=bias.query_start
     )
     if attention_dropout is not None:
         probabilities = dropout(
@@ -117,11 +113,11 @@ def explicit_attention(
     return probabilities @ value
 
 
-def _scores_with_bias(query: Tensor, key: Tensor, slopes: Tensor, scale: float) -> Tensor:
-    """Scaled scores plus the rounded ALiBi bias, in one product that rounds once, like BLOOM's."""
+def _scores_with_bias(query: Tensor, key: Tensor, rounded: Tensor, scale: float) -> Tensor:
+    """Scaled scores plus the ALiBi bias, in one product that rounds once, like BLOOM's."""
     batch, heads, num_queries, _ = query.shape
     num_keys = key.size(-2)
-    table = bloom_bf16_bias(slopes, num_keys).to(query.dtype).unsqueeze(1)  # (heads, 1, keys)
+    table = rounded.to(query.dtype).unsqueeze(1)  # (heads, 1, keys)
     scores = torch.baddbmm(
         table.repeat(batch, 1, 1),
         query.reshape(batch * heads, num_queries, -1),
@@ -129,76 +125,3 @@ def _scores_with_bias(query: Tensor, key: Tensor, slopes: Tensor, scale: float) 
         alpha=scale,
     )
     return scores.view(batch, heads, num_queries, num_keys)
-
-
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBias) -> Tensor:
-    """Attention by torch's kernels, which never hold all scores."""
-    head_size = query.size(-1)
-    scale = 1 / math.sqrt(head_size)
-    if bias.slopes is not None:
-        query, key, value = _widen(query, key, value, bias.slopes, bias.alibi_precision, scale)
-    visible = bias.visible
-    if visible is None and bias.query_start > 0:
-        visible = causal_mask(query.size(-2), key.size(-2), bias.query_start, query.device)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, is_causal=visible is None, scale=scale
-    )
-    return out[..., :head_size]
-
-
-def _widen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    precision: AlibiPrecision,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Append the columns whose product is the ALiBi bias divided by ``scale``."""
-    num_keys = key.size(-2)
-    if precision == "exact":
-        query_columns, key_columns = _exact_columns(slopes, num_keys, query.dtype, scale)
-    else:
-        query_columns, key_columns = _rounded_columns(slopes, num_keys, query.dtype, scale)
-    return (
-        _append(query, query_columns),
-        _append(key, key_columns),
-        F.pad(value, (0, _EXTRA_COLUMNS)),
-    )
-
-
-def _exact_columns(
-    slopes: Tensor, num_keys: int, dtype: torch.dtype, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``(heads, 1, 6)`` of the slopes and ``(1, keys, 6)`` of the positions."""
-    pieces = _split(slopes.double() / scale, dtype)  # (heads, 3)
-    positions = torch.arange(num_keys, device=slopes.device)
-    low = positions % 256
-    high = positions - low
-    key_columns = torch.stack([high] * 3 + [low] * 3, dim=-1).to(dtype)
-    return torch.cat([pieces, pieces], dim=-1).unsqueeze(1), key_columns.unsqueeze(0)
-
-
-def _rounded_columns(
-    slopes: Tensor, num_keys: int, dtype: torch.dtype, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``(1, 1, 3)`` of the scale and ``(heads, keys, 3)`` of BLOOM's rounded bias."""
-    pieces = _split(slopes.new_tensor([1 / scale], dtype=torch.float64), dtype)
-    key_columns = bloom_bf16_bias(slopes, num_keys).to(dtype).unsqueeze(-1)
-    return pieces.unsqueeze(1), key_columns.expand(-1, -1, 3)
-
-
-def _split(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Write float64 ``(n,)`` as a sum of three numbers of ``dtype``, ``(n, 3)``."""
-    pieces = []
-    for _ in range(3):
-        piece = x.to(dtype)
-        pieces.append(piece)
-        x = x - piece.double()
-    return torch.stack(pieces, dim=-1)
-
-
-def _append(x: Tensor, columns: Tensor) -> Tensor:
-    """``(batch, heads, seq, n)`` and ``(heads, seq, used)`` -> ``(batch, heads, seq, n + 8)``."""
-    columns = F.pad(columns, (0, _EXTRA_COLUMNS - columns.size(-1)))
-    return torch.cat([x, columns.expand(*x.shape[:-1], -1)], dim=-1)

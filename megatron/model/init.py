@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from megatron.config import ModelConfig, Recompute
+from megatron.config import Backend, ModelConfig, Recompute
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
 from mpu import init_normal, set_shard_spec, shard_spec
@@ -31,11 +31,12 @@ def build_model(
     placement: Placement,
     *,
     device: torch.device,
+    backend: Backend,
     recompute: Recompute = "none",
 ) -> BloomForPretraining:
     """A model on ``device`` whose parameters are not initialised yet."""
     with torch.device("meta"):
-        model = BloomForPretraining(config, placement, recompute=recompute)
+        model = BloomForPretraining(config, placement, backend=backend, recompute=recompute)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             real = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron.config import ModelConfig, Recompute
+from megatron.config import Backend, ModelConfig, Recompute
 from megatron.model.alibi import alibi_slopes
 from megatron.model.attention import AttentionBias
-from megatron.model.fused_softmax import causal_mask
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement, build_layer_norm
 from megatron.model.rotary import RotaryTable
@@ -25,6 +24,7 @@ from mpu import (
     ShardSpec,
     VocabParallelEmbedding,
     copy_to_region,
+    dropout,
     gather_from_sequence,
     set_shard_spec,
     vocab_parallel_linear_cross_entropy,
@@ -72,7 +72,8 @@ class Embedding(nn.Module):
             x = x + self.position_embeddings(positions[:, here])
         if self.token_type_embeddings is not None and token_types is not None:
             x = x + self.token_type_embeddings(token_types[:, here])
-        return context.hidden_dropout(x, self.dropout, _EMBEDDING_LAYER, DropoutSite.EMBEDDING)
+        keys = context.dropout_keys(self.dropout, _EMBEDDING_LAYER, DropoutSite.EMBEDDING)
+        return x if keys is None else dropout(x, self.dropout, keys)
 
 
 def _replicated_table(rows: int, config: ModelConfig, placement: Placement) -> nn.Embedding:
@@ -100,13 +101,20 @@ class TransformerLanguageModel(nn.Module):
     """From tokens to the hidden states after the final layer norm."""
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, *, recompute: Recompute = "none"
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        *,
+        backend: Backend,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         self.config = config
         self.placement = placement
         self.embedding = Embedding(config, placement)
-        self.transformer = ParallelTransformer(config, placement, recompute=recompute)
+        self.transformer = ParallelTransformer(
+            config, placement, backend=backend, recompute=recompute
+        )
         self.pooler = Pooler(config, placement) if config.pooler else None
 
     def forward(
@@ -162,10 +170,9 @@ class TransformerLanguageModel(nn.Module):
         if config.position_embedding == "rotary":
             dtype = self.placement.dtype
             rotary = RotaryTable.of_positions(positions, config.head_size, dtype)
-        visible = None if documents is None else _same_document(documents)
         return LayerContext(
             positions=self._local_positions(tokens.size(1)),
-            bias=AttentionBias(visible, slopes, config.alibi_precision, start),
+            bias=AttentionBias(documents, slopes, config.alibi_precision, start),
             rotary=rotary,
             streams=streams,
         )
@@ -182,12 +189,19 @@ class BloomForPretraining(nn.Module):
     """The language model and its head."""
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, *, recompute: Recompute = "none"
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        *,
+        backend: Backend,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         self.config = config
         self.placement = placement
-        self.language_model = TransformerLanguageModel(config, placement, recompute=recompute)
+        self.language_model = TransformerLanguageModel(
+            config, placement, backend=backend, recompute=recompute
+        )
         self.output_layer: VocabParallelEmbedding | None = None
         if not config.tie_embeddings:
             # The rows of an output layer are stored and cut like those of an embedding.
@@ -236,13 +250,6 @@ def enter_head(hidden: Tensor, placement: Placement) -> Tensor:
     if placement.sequence_parallel:
         return gather_from_sequence(hidden, placement.group)
     return copy_to_region(hidden, placement.group)
-
-
-def _same_document(documents: Tensor) -> Tensor:
-    """Which keys a query sees, ``(b, 1, s, s)``: those before it in its own document."""
-    seq = documents.size(1)
-    same = documents.unsqueeze(2) == documents.unsqueeze(1)
-    return (same & causal_mask(seq, seq, 0, documents.device)).unsqueeze(1)
 
 
 def _local_slopes(num_heads: int, group: ProcessGroup) -> Tensor:

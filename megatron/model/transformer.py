@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config import ModelConfig, Recompute
+from megatron.config import Backend, ModelConfig, Recompute
 from megatron.model.activations import activate
-from megatron.model.attention import AttentionBias, AttentionDropout, attention, choose_backend
+from megatron.model.attention import AttentionBias, AttentionDropout, attention
+from megatron.model.fusion import bias_dropout_add
 from megatron.model.placement import Placement, build_layer_norm
 from megatron.model.rotary import RotaryTable
-from mpu import ColumnParallelLinear, RngStreams, RowParallelLinear, dropout
+from mpu import ColumnParallelLinear, RngStreams, RowParallelLinear
 
 
 class DropoutSite(IntEnum):
@@ -55,11 +56,14 @@ class LayerContext:
     rotary: RotaryTable | None = None
     streams: RngStreams | None = None
 
-    def hidden_dropout(self, x: Tensor, p: float, layer: int, site: DropoutSite) -> Tensor:
-        """Dropout of hidden states ``(b, s or s/t, h)``, the same whichever ranks hold them."""
+    def dropout_keys(self, p: float, layer: int, site: DropoutSite) -> Tensor | None:
+        """Keys ``(b, s or s/t)`` of the dropout of hidden states; None if there is no dropout.
+
+        They are the same whichever ranks hold the hidden states.
+        """
         if p == 0 or self.streams is None:
-            return x
-        return dropout(x, p, self.streams.keys(layer, site, axes=[self.positions]))
+            return None
+        return self.streams.keys(layer, site, axes=[self.positions])
 
 
 @dataclass
@@ -113,14 +117,20 @@ class ParallelAttention(nn.Module):
     """``(b, s, h)`` -> ``(b, s, h)`` without the last bias, which the caller adds."""
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, *, layer: int, recompute: bool
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        *,
+        layer: int,
+        backend: Backend,
+        recompute: bool,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.recompute = recompute
         self.head_size = config.head_size
         self.dropout = config.attention_dropout
-        self.backend = choose_backend(config)
+        self.backend = backend
         num_heads = config.num_heads // placement.group.size()
         first_head = placement.group.rank() * num_heads
         self.heads = range(first_head, first_head + num_heads)
@@ -163,14 +173,20 @@ class ParallelTransformerLayer(nn.Module):
     """One layer, ``(b, s or s/t, h)`` -> the same."""
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, *, layer: int, recompute: Recompute
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        *,
+        layer: int,
+        backend: Backend,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.dropout = config.hidden_dropout
         self.input_layernorm = build_layer_norm(config, placement)
         self.self_attention = ParallelAttention(
-            config, placement, layer=layer, recompute=recompute == "selective"
+            config, placement, layer=layer, backend=backend, recompute=recompute == "selective"
         )
         self.post_attention_layernorm = build_layer_norm(config, placement)
         self.mlp = ParallelMLP(config, placement)
@@ -195,19 +211,27 @@ class ParallelTransformerLayer(nn.Module):
     ) -> Tensor:
         """Bias, dropout and residual."""
         assert bias is not None
-        return residual + context.hidden_dropout(x + bias, self.dropout, self.layer, site)
+        keys = context.dropout_keys(self.dropout, self.layer, site)
+        return bias_dropout_add(x, bias, residual, self.dropout, keys)
 
 
 class ParallelTransformer(nn.Module):
     """All layers and the final layer norm, ``(b, s or s/t, h)`` -> the same."""
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, *, recompute: Recompute = "none"
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        *,
+        backend: Backend,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         self.recompute = recompute
         self.layers = nn.ModuleList(
-            ParallelTransformerLayer(config, placement, layer=layer, recompute=recompute)
+            ParallelTransformerLayer(
+                config, placement, layer=layer, backend=backend, recompute=recompute
+            )
             for layer in range(config.num_layers)
         )
         self.final_layernorm = build_layer_norm(config, placement)

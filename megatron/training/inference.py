@@ -91,7 +91,8 @@ def load_model(
     Raises:
         CheckpointError: on every rank, if the weights are not those of such a model.
     """
-    model = build_model(config, Placement(group, dtype=dtype), device=device)
+    # Of those that take cached keys, the one that never holds all scores of a long prompt.
+    model = build_model(config, Placement(group, dtype=dtype), device=device, backend="blocked")
     for parameter in model.parameters():
         # Reading leaves the padding of the vocabulary as it is.
         parameter.detach().zero_()

@@ -17,6 +17,7 @@ from megatron.errors import CheckpointError
 from megatron.launch import Launch
 from megatron.together import run_on_first
 from megatron.tokenizer import Tokenizer
+from megatron.training.attention_choice import AttentionChoice
 from megatron.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -39,12 +40,18 @@ class RunCheckpoints:
     """The saves of one run. All methods are collective."""
 
     def __init__(
-        self, config: Config, launch: Launch, engine: Engine, tokenizer: Tokenizer | None
+        self,
+        config: Config,
+        launch: Launch,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        choice: AttentionChoice,
     ) -> None:
         self._config = config
         self._launch = launch
         self._engine = engine
         self._tokenizer = tokenizer
+        self._choice = choice
         self._folder = config.folder / CHECKPOINTS
 
     def save(self, progress: Progress) -> None:
@@ -57,7 +64,11 @@ class RunCheckpoints:
             self._folder,
             progress.step,
             list(state_tensors(self._engine, self._launch)),
-            state={"step": progress.step, "consumed_samples": progress.consumed_samples},
+            state={
+                "step": progress.step,
+                "consumed_samples": progress.consumed_samples,
+                **self._choice.to_state(),
+            },
             config=config_to_dict(self._config),
             layout=vars(self._launch.groups.dims),
             files=_tokenizer_files(self._tokenizer),
@@ -66,40 +77,49 @@ class RunCheckpoints:
         )
         logger.info("saved %s", path)
 
-    def resume(self) -> Progress:
-        """Load the newest save, as ``checkpoint.resume`` asks; the progress that it was made at.
+    def resume(self, reader: CheckpointReader | None) -> Progress:
+        """Load what ``open_newest`` gave; the progress that it was made at.
 
         Raises:
-            CheckpointError: if there has to be a save and is none, or it is damaged or of another
-                model.
+            CheckpointError: if it is of another model, or cannot be read.
         """
-        path = run_on_first(self._find, dist.group.WORLD)
-        if path is None:
+        if reader is None:
             logger.info("fresh start: no save in %s", self._folder)
             return Progress()
-        reader = open_checkpoint(path, group=dist.group.WORLD)
         _check_config(reader, config_to_dict(self._config))
         reader.read_into(state_tensors(self._engine, self._launch))
         progress = Progress(int(reader.state["step"]), int(reader.state["consumed_samples"]))
         self._engine.state_loaded(progress.step)
-        logger.info("resumed from %s, saved at layout %s", path, dict(reader.layout))
+        logger.info("resumed from %s, saved at layout %s", reader.path, dict(reader.layout))
         return progress
 
-    def _find(self) -> Path | None:
-        resume = self._config.checkpoint.resume
-        latest = find_latest(self._folder)
-        if resume == "required" and latest is None:
-            found = sorted(path.name for path in self._folder.glob("*"))
-            raise CheckpointError(
-                f"checkpoint.resume required: {self._folder} holds no valid save, but "
-                f"{', '.join(found) or 'nothing at all'}"
-            )
-        if resume == "never" and latest is not None:
-            raise CheckpointError(
-                f"checkpoint.resume never: {self._folder} holds the saves of another run, the "
-                f"newest {latest.name}; choose another folder or remove them"
-            )
-        return latest
+
+def open_newest(config: Config) -> CheckpointReader | None:
+    """The newest save of the run if there is one, as ``checkpoint.resume`` asks. Collective.
+
+    Raises:
+        CheckpointError: if there has to be a save and is none, or it is damaged.
+    """
+    world = dist.group.WORLD
+    path = run_on_first(lambda: _find_newest(config), world)
+    return None if path is None else open_checkpoint(path, group=world)
+
+
+def _find_newest(config: Config) -> Path | None:
+    resume, folder = config.checkpoint.resume, config.folder / CHECKPOINTS
+    latest = find_latest(folder)
+    if resume == "required" and latest is None:
+        found = sorted(path.name for path in folder.glob("*"))
+        raise CheckpointError(
+            f"checkpoint.resume required: {folder} holds no valid save, but "
+            f"{', '.join(found) or 'nothing at all'}"
+        )
+    if resume == "never" and latest is not None:
+        raise CheckpointError(
+            f"checkpoint.resume never: {folder} holds the saves of another run, the "
+            f"newest {latest.name}; choose another folder or remove them"
+        )
+    return latest
 
 
 def state_tensors(engine: Engine, launch: Launch) -> Iterator[StateTensor]:

@@ -16,9 +16,10 @@ from megatron.log import setup_logging
 from megatron.optim.schedule import batch_plan, global_batch_size, learning_rate
 from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
+from megatron.training.attention_choice import choose_backend
 from megatron.training.batches import BatchReader
 from megatron.training.reporter import Reporter
-from megatron.training.saving import RunCheckpoints
+from megatron.training.saving import RunCheckpoints, open_newest
 from megatron.training.stopping import StopRequest
 
 
@@ -59,11 +60,14 @@ class _Run:
         self._valid_data = run_everywhere(
             lambda: _open_data(config, launch, "valid", tokenizer), world
         )
+        newest = open_newest(config)
+        saved = {} if newest is None else newest.state
+        choice = choose_backend(config, launch.device, saved, group=world)
         self._engine: Engine = run_everywhere(
-            lambda: TorchEngine(config, launch.groups, launch.device), world
+            lambda: TorchEngine(config, launch.groups, launch.device, choice.backend), world
         )
-        self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer)
-        self._progress = self._checkpoints.resume()
+        self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer, choice)
+        self._progress = self._checkpoints.resume(newest)
         self._saved_step = self._progress.step
         self._reporter = run_everywhere(lambda: Reporter(config, launch, self._progress), world)
 

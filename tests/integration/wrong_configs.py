@@ -84,6 +84,33 @@ VALUES = {
         model__attention_backend="sdpa",
         model__attention_dropout=0.1,
     ),
+    "flash with a rounded bias": changed(
+        "model.attention_backend flash|model.alibi_precision exact, got bloom_bf16",
+        model__attention_backend="flash",
+        model__alibi_precision="bloom_bf16",
+    ),
+    "flash with documents": changed(
+        "model.attention_backend flash|data.reset_attention_mask false, got true",
+        model__attention_backend="flash",
+        data__reset_attention_mask=True,
+        data__tokenizer="FOLDER/tokenizer.json",
+    ),
+    "flash in fp32": changed(
+        "model.attention_backend flash|train.dtype bf16, got fp32",
+        model__attention_backend="flash",
+        train__dtype="fp32",
+    ),
+    "flex in fp64": changed(
+        "model.attention_backend flex|train.dtype bf16 or fp32, got fp64",
+        model__attention_backend="flex",
+        train__dtype="fp64",
+    ),
+    "flex on a CPU": changed(
+        "model.attention_backend flex needs a GPU|the device is cpu",
+        model__attention_backend="flex",
+        train__dtype="fp32",
+        launch__device="cpu",
+    ),
     "seed": changed("train.seed|below 2**32|got -1", train__seed=-1),
     "evaluation of nothing": changed(
         "train.eval_samples|above 0|train.eval_interval 5, got 0", train__eval_interval=5

@@ -78,7 +78,9 @@ def count_model(num_layers: int, layout: Layout, recompute: Recompute) -> Counte
     )
     group = build_groups(ParallelDims(tensor=layout.tensor)).tensor
     placement = Placement(group, layout.sequence)
-    model = build_model(config, placement, device=torch.device("cpu"), recompute=recompute)
+    model = build_model(
+        config, placement, device=torch.device("cpu"), backend="blocked", recompute=recompute
+    )
     init_parameters(model.named_parameters(), config, placement, seed=1)
     tokens = torch.randint(0, 509, (BATCH, SEQ))
     weights = torch.ones(BATCH, SEQ)

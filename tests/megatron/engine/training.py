@@ -82,7 +82,7 @@ def build_engine(config: Config) -> tuple[TorchEngine, ParallelGroups]:
     """The engine of this rank."""
     data = config.parallel.data or 1
     groups = build_groups(ParallelDims(tensor=config.parallel.tensor, data=data))
-    return TorchEngine(config, groups, CPU), groups
+    return TorchEngine(config, groups, CPU, "blocked"), groups
 
 
 def microbatches(config: Config, step: int, groups: ParallelGroups) -> list[ModelInputs]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.config import DataConfig, ModelConfig, Recompute
+from megatron.config import Backend, DataConfig, ModelConfig, Recompute
 from megatron.model.init import build_model, init_parameters
 from megatron.model.inputs import ModelInputs, build_inputs
 from megatron.model.language_model import BloomForPretraining
@@ -42,11 +42,13 @@ class Job:
         model: its shape.
         data: what happens at the end of documents, of which the data have many.
         recompute: see ``TrainConfig``.
+        backend: how attention is computed.
     """
 
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     recompute: Recompute = "none"
+    backend: Backend = "blocked"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,13 @@ def run_job(job: Job, layout: Layout) -> Outcome:
 def _run_rank(job: Job, layout: Layout) -> _RankOutcome:
     groups = build_groups(ParallelDims(tensor=layout.tensor))
     placement = Placement(groups.tensor, layout.sequence, torch.float64)
-    model = build_model(job.model, placement, device=torch.device("cpu"), recompute=job.recompute)
+    model = build_model(
+        job.model,
+        placement,
+        device=torch.device("cpu"),
+        backend=job.backend,
+        recompute=job.recompute,
+    )
     parameters = MainParameters(model)
     init_parameters(parameters.named(), job.model, placement, seed=1)
     loss = _objective(model, _inputs(job))

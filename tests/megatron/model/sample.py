@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from megatron.checkpoint.format import StateTensor
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config import (
+    Backend,
     Config,
     ModelConfig,
     ParallelConfig,
@@ -41,6 +42,7 @@ def small_model(
     config: ModelConfig = SMALL,
     *,
     dtype: torch.dtype = torch.float64,
+    backend: Backend = "blocked",
     recompute: Recompute = "none",
 ) -> BloomForPretraining:
     """An initialised model on the CPU, every parameter of which does something.
@@ -48,7 +50,9 @@ def small_model(
     Biases and layer norms are moved from the 0 and 1 that would hide mistakes.
     """
     placement = Placement(group, dtype=dtype)
-    model = build_model(config, placement, device=torch.device("cpu"), recompute=recompute)
+    model = build_model(
+        config, placement, device=torch.device("cpu"), backend=backend, recompute=recompute
+    )
     init_parameters(model.named_parameters(), config, placement, seed=1)
     scatter_vectors(model, group)
     return model

@@ -116,8 +116,8 @@ def count_cut_parameters() -> int:
 def build(config: ModelConfig, tensor: int) -> BloomForPretraining:
     group = build_groups(ParallelDims(tensor=tensor)).tensor
     # No padding, and the backend that runs every product, of causally masked scores too.
-    config = replace(config, vocab_padding_multiple=1, attention_backend="explicit")
-    return BloomForPretraining(config, Placement(group=group))
+    config = replace(config, vocab_padding_multiple=1)
+    return BloomForPretraining(config, Placement(group=group), backend="explicit")
 
 
 def num_parameters(model: nn.Module) -> int:

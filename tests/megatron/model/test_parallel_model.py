@@ -48,9 +48,8 @@ JOBS = {
         model(activation="geglu", position_embedding="none", embedding_layernorm=False)
     ),
     "documents": Job(model(**DROPOUT), DOCUMENTS),
-    "documents, rotary, sdpa": Job(
-        model(position_embedding="rotary", attention_backend="sdpa"), DOCUMENTS
-    ),
+    "documents, rotary, sdpa": Job(model(position_embedding="rotary"), DOCUMENTS, backend="sdpa"),
+    "dropout, explicit": Job(model(**DROPOUT), backend="explicit"),
     "documents, learned": Job(model(position_embedding="learned"), DOCUMENTS),
     "pooler, token types, dropout": Job(model(pooler=True, num_token_types=3, **DROPOUT)),
     "ranks of padding only": Job(model(vocab_padding_multiple=256)),

@@ -12,11 +12,15 @@ from megatron.config import Config
 from megatron.engine.base import Engine, NamedState, StepResult
 from megatron.errors import CheckpointError
 from megatron.model.inputs import ModelInputs
+from megatron.training.attention_choice import AttentionChoice, choose_backend
 from megatron.training.progress import Progress
-from megatron.training.saving import RunCheckpoints, state_tensors
+from megatron.training.saving import RunCheckpoints, open_newest, state_tensors
 from mpu import ShardSpec
 from tests.distributed import run_ranks
 from tests.megatron.training.sample import make_config, make_launch
+
+CHOICE = AttentionChoice("blocked", "cpu")
+ON_GPU = AttentionChoice("flex", "cuda")
 
 
 class TwoTensors(Engine):
@@ -43,6 +47,19 @@ class TwoTensors(Engine):
         raise NotImplementedError
 
 
+def test_the_choice_of_a_backend_comes_back_from_the_save(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    assert run_ranks(1, save_and_choose, config) == [ON_GPU]
+
+
+def save_and_choose(config: Config) -> AttentionChoice:
+    RunCheckpoints(config, make_launch(), TwoTensors(1, 7.0), None, ON_GPU).save(Progress(5, 20))
+    newest = open_newest(config)
+    assert newest is not None
+    # Where the config leaves the choice open; this machine could not measure anything.
+    return choose_backend(config, torch.device("cuda"), newest.state, group=None)
+
+
 def owned() -> list[str]:
     launch = make_launch(tensor=2, data=2)
     return [tensor.name for tensor in state_tensors(TwoTensors(2, 1.0), launch) if tensor.owned]
@@ -53,13 +70,13 @@ def test_every_part_is_saved_by_one_rank() -> None:
 
 
 def checkpoints(config: Config, engine: Engine) -> RunCheckpoints:
-    return RunCheckpoints(config, make_launch(), engine, None)
+    return RunCheckpoints(config, make_launch(), engine, None, CHOICE)
 
 
 def save_and_resume(config: Config, later: Config) -> tuple[Progress, bool, int | None]:
     checkpoints(config, TwoTensors(1, 7.0)).save(Progress(5, 20))
     engine = TwoTensors(1, 0.0)
-    progress = checkpoints(later, engine).resume()
+    progress = checkpoints(later, engine).resume(open_newest(later))
     return progress, bool((engine.cut == 7).all() and (engine.whole == 7).all()), engine.updates
 
 
@@ -74,7 +91,7 @@ def test_run_without_saves_starts_at_the_beginning(tmp_path: Path) -> None:
 
 def start(config: Config) -> tuple[Progress, int | None]:
     engine = TwoTensors(1, 0.0)
-    return checkpoints(config, engine).resume(), engine.updates
+    return checkpoints(config, engine).resume(open_newest(config)), engine.updates
 
 
 def test_changed_options_are_told(tmp_path: Path) -> None:

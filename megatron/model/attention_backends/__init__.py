@@ -1,0 +1,1 @@
+"""The ways to compute attention other than by its definition."""

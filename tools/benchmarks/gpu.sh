@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Run all tests and benchmarks that need a GPU, on one, in less than ten minutes.
+#
+#   bash tools/benchmarks/gpu.sh FOLDER
+#
+# Takes the python of the PATH and installs nothing. FOLDER gets a JSON file of each benchmark and a
+# log of each part; the files, put into docs/performance, become part of the performance page. A
+# part that fails or takes too long does not stop the others; the exit code is the number of those.
+set -uo pipefail
+out=$(mkdir -p "${1:?usage: bash tools/benchmarks/gpu.sh FOLDER}" && cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/../.."
+export PYTHONPATH=. OMP_NUM_THREADS=4
+failed=0
+
+# part NAME SECONDS COMMAND...
+part() {
+    local name=$1 seconds=$2 start=$SECONDS
+    shift 2
+    echo "== $name"
+    if timeout "$seconds" "$@" 2>&1 | tee "$out/$name.log"; then
+        echo "== $name: done in $((SECONDS - start)) s"
+    else
+        echo "== $name: FAILED after $((SECONDS - start)) s"
+        failed=$((failed + 1))
+    fi
+}
+
+# benchmark NAME SECONDS [OPTION...]
+benchmark() {
+    local name=$1 seconds=$2
+    shift 2
+    part "$name" "$seconds" python -m "tools.benchmarks.$name" --json "$out/${name%_gpu}_gpu.json" "$@"
+}
+
+benchmark train_step_gpu 230
+benchmark attention 100 --device cuda
+benchmark head 45 --device cuda
+benchmark kernels 40 --device cuda
+part tests 180 python -m pytest tests/gpu -m gpu -q -p no:cacheprovider
+
+echo "== $failed parts failed"
+exit "$failed"

@@ -1,0 +1,84 @@
+"""Run a function on ranks of its own, started as the product starts its ranks.
+
+Each rank is a new process, so that a measurement begins with nothing of an earlier one: no memory
+that was freed, no buffers of another model. The function gets the rank's ``Launch`` and returns
+something to its caller.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from megatron.config import LaunchConfig
+from megatron.launch import launched, read_environment
+from mpu import ParallelDims
+
+Device: TypeAlias = Literal["cpu", "cuda"]
+
+# Imported once, by the server that the ranks are forked from.
+_SLOW_IMPORTS = ["torch._dynamo", "megatron.engine.torch_engine"]
+
+_PATIENCE = 120.0
+"""Seconds that a rank waits for another; the turns of a benchmark are shorter."""
+
+
+def run_ranks(
+    world_size: int, body: Callable[..., Any], *args: Any, device: Device = "cpu"
+) -> list[Any]:
+    """Call ``body(launch, *args)`` on ``world_size`` tensor ranks; what each of them returned.
+
+    Args:
+        body: a module-level function. What it raises is raised here.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_SLOW_IMPORTS)
+    port = _free_port()
+    with ProcessPoolExecutor(world_size, mp_context=context) as pool:
+        ranks = [
+            pool.submit(_run_rank, rank, world_size, port, device, body, args)
+            for rank in range(world_size)
+        ]
+        return [rank.result() for rank in ranks]
+
+
+def run_alone(body: Callable[..., Any], *args: Any, device: Device = "cpu") -> Any:
+    """``run_ranks`` with one rank."""
+    return run_ranks(1, body, *args, device=device)[0]
+
+
+def _run_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    device: Device,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> Any:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LaunchConfig(device=device, startup_timeout=_PATIENCE, timeout=_PATIENCE)
+
+    def layout(size: int) -> ParallelDims:
+        return ParallelDims(tensor=size)
+
+    with launched(layout, config, read_environment()) as launch:
+        return body(launch, *args)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,148 @@
+"""Time and memory of one training step on a CPU, against transformers' BLOOM and a plain model.
+
+    python -m tools.benchmarks.train_step [--json FILE]
+
+One process and one thread, contenders in turns; see ``measure`` and ``contenders``. Before anything
+is timed, all have to find the same loss. The memory of each is measured in a process of its own:
+weights, gradients, optimizer and everything that two steps allocate.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import get_args
+
+from megatron.cli import run_tool
+from megatron.config import ModelConfig
+from megatron.errors import RunError
+from megatron.launch import Launch
+from tools.benchmarks.contenders import (
+    Contender,
+    Shape,
+    build_engine,
+    build_step,
+    draw_tokens,
+    engine_step,
+    plain_step,
+    transformers_state,
+    transformers_step,
+)
+from tools.benchmarks.measure import (
+    ROUNDS,
+    Times,
+    Work,
+    check_quiet,
+    cpu_seconds,
+    interleave,
+    peak_bytes,
+)
+from tools.benchmarks.ranks import run_alone
+from tools.benchmarks.result import (
+    MIB,
+    Result,
+    Row,
+    Table,
+    build_parser,
+    describe_environment,
+    publish,
+)
+
+
+def small(layers: int, hidden: int, heads: int, vocab: int, seq: int) -> ModelConfig:
+    """A model that a CPU trains in seconds."""
+    return ModelConfig(
+        num_layers=layers, hidden_size=hidden, num_heads=heads, vocab_size=vocab, seq_length=seq
+    )
+
+
+SHAPES = {
+    "tiny": Shape(small(4, 256, 8, 4096, 256), batch=4),
+    "med": Shape(small(4, 512, 8, 4096, 512), batch=2),
+    "bigvocab": Shape(small(2, 64, 4, 250_880, 256), batch=2),
+    "wide": Shape(small(8, 512, 8, 32_000, 512), batch=4, dtype="bf16"),
+}
+QUICK = {"quick": Shape(small(2, 32, 4, 256, 32), batch=2)}
+
+CONTENDERS: Sequence[Contender] = get_args(Contender)
+
+_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+"""Relative difference of the first losses, by the dtype of the computation."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``; return the exit code."""
+    parser = build_parser("Time and memory of a training step on a CPU, beside other programs.")
+    parser.add_argument("--noisy", action="store_true", help="accept times that vary")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    args = parser.parse_args(argv)
+    shapes = QUICK if args.quick else {name: SHAPES[name] for name in args.shapes}
+    rows: list[Row] = []
+    for name, shape in shapes.items():
+        times: dict[str, Times] = run_alone(time_steps, shape, 2 if args.quick else ROUNDS)
+        check_quiet(f"training step {name}", times, allow_noise=args.noisy or args.quick)
+        memory: dict[str, int] = {c: run_alone(measure_memory, c, shape) for c in CONTENDERS}
+        rows += rows_of(name, shape, times, memory)
+    result = Result("train_step", describe_environment("cpu"), [Table("Training step", rows)])
+    publish(result, args.json)
+    return 0
+
+
+def rows_of(
+    name: str, shape: Shape, times: Mapping[str, Times], memory: Mapping[str, int]
+) -> Iterator[Row]:
+    """One row for each contender; the ratio is to transformers, greater is faster."""
+    reference = times["transformers"].least
+    for contender, found in times.items():
+        yield {
+            "shape": name,
+            "dtype": shape.dtype,
+            "contender": contender,
+            "CPU s a step": found.least,
+            "tokens/s": shape.tokens / found.least,
+            "times transformers' speed": reference / found.least,
+            "median / least": found.spread,
+            "peak MiB": memory[contender] / MIB,
+        }
+
+
+def time_steps(launch: Launch, shape: Shape, rounds: int) -> dict[str, Times]:
+    """Times of all contenders, once they agree on the loss."""
+    engine = build_engine(shape, launch.groups, launch.device)
+    state = transformers_state(engine)
+    tokens = draw_tokens(shape, launch.device)
+    steps = {
+        "ours": engine_step(engine),
+        "plain": plain_step(shape, state, launch.device),
+        "transformers": transformers_step(shape, state, launch.device),
+    }
+    _check_losses({name: step(tokens) for name, step in steps.items()}, _TOLERANCE[shape.dtype])
+    works: dict[str, Work] = {name: partial(step, tokens) for name, step in steps.items()}
+    return interleave(works, cpu_seconds, rounds=rounds)
+
+
+def measure_memory(launch: Launch, contender: Contender, shape: Shape) -> int:
+    """Peak bytes of building one contender and taking two steps."""
+    # Imports what is imported late.
+    small = QUICK["quick"]
+    build_step(contender, small, launch)(draw_tokens(small, launch.device))
+    tokens = draw_tokens(shape, launch.device)
+
+    def build_and_step() -> None:
+        step = build_step(contender, shape, launch)
+        step(tokens)
+        step(tokens)
+
+    return peak_bytes(build_and_step, launch.device)
+
+
+def _check_losses(losses: Mapping[str, float], tolerance: float) -> None:
+    want = losses["ours"]
+    for name, loss in losses.items():
+        if not math.isclose(loss, want, rel_tol=tolerance):
+            raise RunError(
+                f"loss of {name} is {loss}, ours is {want}: not the same model within {tolerance}"
+            )
+
+
+if __name__ == "__main__":
+    run_tool(main)
