@@ -41,23 +41,29 @@ def build_samples(config: Config, split: Split, num_samples: int) -> Samples:
     paths = config.data.paths
     if not paths:
         raise DataError("data.paths is empty: name the prefix of at least one dataset")
+    tokenizer = None
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
     if len(paths) == 1:
-        return _build_dataset(config, next(iter(paths)), split, num_samples)
+        return _build_dataset(config, next(iter(paths)), split, num_samples, tokenizer)
     total = sum(paths.values())
     weights = [weight / total for weight in paths.values()]
     datasets = [
-        _build_dataset(config, path, split, needed)
+        _build_dataset(config, path, split, needed, tokenizer)
         for path, needed in zip(paths, samples_of_each(weights, num_samples), strict=True)
     ]
     return BlendedSamples(datasets, weights, num_samples)
 
 
-def _build_dataset(config: Config, prefix: str, split: Split, num_samples: int) -> GPTSamples:
+def _build_dataset(
+    config: Config, prefix: str, split: Split, num_samples: int, tokenizer: str | None
+) -> GPTSamples:
+    """The samples of one path; ``tokenizer`` is the fingerprint of config.data.tokenizer."""
     dataset = IndexedDataset(prefix)
     folder = config.data.cache_folder or dataset.prefix.parent
     description = read_description(prefix)
     if description is not None:
-        _check_description(config, dataset, description)
+        _check_description(config, dataset, description, tokenizer)
     _check_vocabulary(config.model.vocab_size, dataset, description, folder)
     documents = split_documents(len(dataset), config.data.split)[SPLITS.index(split)]
     if len(documents) == 0:
@@ -70,7 +76,9 @@ def _build_dataset(config: Config, prefix: str, split: Split, num_samples: int) 
     )
 
 
-def _check_description(config: Config, dataset: IndexedDataset, description: Description) -> None:
+def _check_description(
+    config: Config, dataset: IndexedDataset, description: Description, tokenizer: str | None
+) -> None:
     """Refuse a description of other data, and data of another tokenizer."""
     path = description_path(dataset.prefix)
     if description.dataset != dataset.fingerprint:
@@ -78,13 +86,10 @@ def _check_description(config: Config, dataset: IndexedDataset, description: Des
             f"{path}: describes the dataset {description.dataset}, "
             f"but the files beside it are {dataset.fingerprint}"
         )
-    if config.data.tokenizer is None:
-        return
-    fingerprint = load_tokenizer(config.data.tokenizer).fingerprint
-    if description.tokenizer != fingerprint:
+    if tokenizer is not None and description.tokenizer != tokenizer:
         raise DataError(
             f"{path}: the data was made with tokenizer {description.tokenizer}, "
-            f"but data.tokenizer {config.data.tokenizer} is {fingerprint}"
+            f"but data.tokenizer {config.data.tokenizer} is {tokenizer}"
         )
 
 
