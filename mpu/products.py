@@ -69,7 +69,7 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     if computes_in_float32(x):
         grad, x = grad.float(), x.float()
     if total.dtype == x.dtype:
-        total.addmm_(grad.to(x.dtype).t(), x)
+        total.addmm_(grad.t(), x)
         return
     for part, columns in zip(
         total.split(_WEIGHT_ROWS), grad.split(_WEIGHT_ROWS, dim=-1), strict=True
