@@ -20,8 +20,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
     "mpu": set(),
     "megatron.errors": set(),
-    "megatron.config": {"mpu", "megatron.config_parser", "megatron.errors"},
-    "megatron.config_parser": {"megatron.errors"},
+    "megatron.config": {"mpu", "megatron.errors"},
     "megatron.apex": {"megatron.errors"},
     "megatron.cli": {"megatron.errors"},
     "megatron.log": {"megatron.errors"},

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from megatron.config_parser import parse_config
+from megatron.config.parser import parse_config
 from megatron.errors import ConfigError
 
 

@@ -1,0 +1,49 @@
+"""The configuration of a run: one dataclass for each concern, under one root.
+
+A run reads YAML files and then the overrides of its command line, the later winning:
+
+    pretrain_bloom.py --config examples/configs/tiny.yaml --optimizer.lr 1e-4 --parallel.tensor 2
+
+Unknown names and values of a wrong type are errors. A config is read, never written: what follows
+from other values is a property. What can be checked without knowing the machine is checked when the
+object is made; what depends on the number of ranks, by ``Config.layout``.
+"""
+
+from megatron.config.data import DataConfig
+from megatron.config.model import (
+    BACKENDS_WITH_DROPOUT,
+    Activation,
+    AlibiPrecision,
+    AttentionBackend,
+    Backend,
+    ModelConfig,
+    PositionEmbedding,
+)
+from megatron.config.parallel import ParallelConfig
+from megatron.config.root import Config, config_from_dict, config_to_dict, load_config
+from megatron.config.run import CheckpointConfig, LaunchConfig, LogConfig
+from megatron.config.training import DTYPES, OptimizerConfig, RampupConfig, Recompute, TrainConfig
+
+__all__ = [
+    "Activation",
+    "AlibiPrecision",
+    "AttentionBackend",
+    "BACKENDS_WITH_DROPOUT",
+    "Backend",
+    "CheckpointConfig",
+    "Config",
+    "DTYPES",
+    "DataConfig",
+    "LaunchConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PositionEmbedding",
+    "RampupConfig",
+    "Recompute",
+    "TrainConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+]

@@ -1,0 +1,157 @@
+"""What is trained, how long, and by which optimizer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+
+from megatron.config.rules import (
+    require,
+    require_below_one,
+    require_multiple,
+    require_not_negative,
+    require_positive,
+)
+
+Recompute: TypeAlias = Literal["none", "selective", "full"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule and the clipping of gradients."""
+
+    name: Literal["adamw", "apex_adamw"] = "adamw"
+    lr: float = 3e-4
+    min_lr: float = 0.0
+    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "cosine"
+    warmup_samples: int = 0
+    decay_samples: int | None = None
+    """Samples at which the learning rate has reached min_lr; null is train.samples."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require_positive("optimizer", lr=self.lr, eps=self.eps)
+        require_not_negative(
+            "optimizer",
+            min_lr=self.min_lr,
+            warmup_samples=self.warmup_samples,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
+        require_below_one("optimizer", beta1=self.beta1, beta2=self.beta2)
+        require(
+            self.min_lr <= self.lr,
+            f"optimizer.min_lr ({self.min_lr}) must not be above optimizer.lr ({self.lr})",
+        )
+        if self.decay_samples is not None:
+            require(
+                self.decay_samples >= max(1, self.warmup_samples),
+                f"optimizer.decay_samples ({self.decay_samples}) must not be below "
+                f"optimizer.warmup_samples ({self.warmup_samples})",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RampupConfig:
+    """Growth of the global batch in equal steps from ``start`` to train.global_batch_size."""
+
+    start: int = 0
+    """Samples in the first step; 0 is no ramp-up."""
+    increment: int = 0
+    samples: int = 0
+    """Samples over which the batch grows."""
+
+    def __post_init__(self) -> None:
+        values = (self.start, self.increment, self.samples)
+        require(
+            min(values) > 0 or values == (0, 0, 0),
+            "train.rampup.start, train.rampup.increment and train.rampup.samples must be above 0, "
+            "or all 0 for no ramp-up, got {}, {} and {}".format(*values),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batches, precision and evaluation of the run."""
+
+    samples: int
+    """Samples to train on in all; a last batch that would go beyond is left out."""
+    global_batch_size: int
+    """Samples in one step, over all ranks."""
+    micro_batch_size: int = 1
+    """Samples in one forward pass of one rank."""
+    rampup: RampupConfig = field(default_factory=RampupConfig)
+    seed: int = 1234
+    """Of the weights, the order of the samples and dropout; below 2**32."""
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Precision of the computation; weights and gradients are kept in fp32 under bf16."""
+    recompute: Recompute = "none"
+    """Activations to compute again in the backward pass: of attention (selective) or all (full)."""
+    eval_interval: int = 0
+    """Steps between evaluations; 0 evaluates never."""
+    eval_samples: int = 0
+    """Samples of one evaluation."""
+    stop_at_step: int | None = None
+    """Save and leave after this step, before the run is complete."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "train",
+            samples=self.samples,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        require_not_negative(
+            "train", eval_interval=self.eval_interval, eval_samples=self.eval_samples
+        )
+        require(
+            self.eval_interval == 0 or self.eval_samples > 0,
+            f"train.eval_samples must be above 0 with train.eval_interval {self.eval_interval}, "
+            f"got {self.eval_samples}",
+        )
+        require(
+            0 <= self.seed < 2**32,
+            f"train.seed must be at least 0 and below 2**32, got {self.seed}",
+        )
+        if self.stop_at_step is not None:
+            require_positive("train", stop_at_step=self.stop_at_step)
+        if self.rampup.start > 0:
+            self._check_rampup(self.rampup)
+        first = next(self.batch_sizes())
+        require(
+            self.samples >= first,
+            f"train.samples ({self.samples}) must not be below the first batch ({first})",
+        )
+
+    def _check_rampup(self, rampup: RampupConfig) -> None:
+        growth = self.global_batch_size - rampup.start
+        require(
+            growth >= 0,
+            f"train.rampup.start ({rampup.start}) must not be above train.global_batch_size "
+            f"({self.global_batch_size})",
+        )
+        require_multiple(
+            "train.global_batch_size - train.rampup.start",
+            growth,
+            "train.rampup.increment",
+            rampup.increment,
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def batch_sizes(self) -> Iterator[int]:
+        """Every global batch size of the run, in order."""
+        if self.rampup.start == 0:
+            yield self.global_batch_size
+        else:
+            yield from range(self.rampup.start, self.global_batch_size + 1, self.rampup.increment)
