@@ -2,7 +2,7 @@
 
 from mpu.cross_entropy import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 from mpu.data import broadcast_batch
-from mpu.groups import ParallelDims, ParallelGroups, build_groups
+from mpu.groups import Axis, ParallelDims, ParallelGroups, build_groups
 from mpu.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from mpu.mappings import (
     copy_to_region,
@@ -13,15 +13,26 @@ from mpu.mappings import (
     scatter_to_region,
     scatter_to_sequence,
 )
-from mpu.products import set_main_grad
+from mpu.products import PLAIN, Products, set_main_grad
 from mpu.rng import RngStreams, dropout, init_normal
-from mpu.sharding import Piece, ShardSpec, set_shard_spec, shard_spec
+from mpu.sharding import (
+    HeldBox,
+    Piece,
+    ShardSpec,
+    replace_parameters,
+    set_shard_spec,
+    shard_spec,
+)
 
 __all__ = [
+    "Axis",
     "ColumnParallelLinear",
+    "PLAIN",
+    "HeldBox",
     "ParallelDims",
     "ParallelGroups",
     "Piece",
+    "Products",
     "RngStreams",
     "RowParallelLinear",
     "ShardSpec",
@@ -35,6 +46,7 @@ __all__ = [
     "init_normal",
     "reduce_from_region",
     "reduce_scatter_to_sequence",
+    "replace_parameters",
     "scatter_to_region",
     "scatter_to_sequence",
     "set_main_grad",

@@ -73,7 +73,7 @@ def split(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     Raises:
         ValueError: if the dimension does not divide by the size of the group.
     """
-    _check_divides(x, group, dim)
+    check_divides(x, group, dim)
     return x.chunk(group.size(), dim=dim)[group.rank()].contiguous()
 
 
@@ -90,11 +90,19 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Pending | 
     size = group.size()
     if size == 1:
         return Done(x)
-    _check_divides(x, group, dim)
+    check_divides(x, group, dim)
     front = x.movedim(dim, 0).contiguous()
     out = front.new_empty((front.size(0) // size, *front.shape[1:]))
     work = _work(_reduce_scatter_single(out, front, group=group, async_op=True))
     return Pending(work, out, lambda out: out.movedim(0, dim).contiguous())
+
+
+def check_divides(x: Tensor, group: ProcessGroup, dim: int) -> None:
+    """Raise a ValueError if a dimension of ``x`` does not divide by the size of ``group``."""
+    if x.size(dim) % group.size() != 0:
+        raise ValueError(
+            f"cannot split dimension {dim} of {tuple(x.shape)} over {group.size()} ranks"
+        )
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -104,10 +112,3 @@ def _unchanged(x: Tensor) -> Tensor:
 def _work(work: dist.Work | None) -> dist.Work:
     assert work is not None, "this rank is not in the group"
     return work
-
-
-def _check_divides(x: Tensor, group: ProcessGroup, dim: int) -> None:
-    if x.size(dim) % group.size() != 0:
-        raise ValueError(
-            f"cannot split dimension {dim} of {tuple(x.shape)} over {group.size()} ranks"
-        )

@@ -11,6 +11,7 @@ so that a tensor group is always a run of neighbouring ranks, which a cluster pu
 """
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,10 @@ class ParallelDims:
         return self.tensor * self.data * self.pipeline
 
 
+Axis: TypeAlias = Literal["tensor", "data", "embedding"]
+"""Names of the groups of which all ranks may hold copies of a tensor."""
+
+
 @dataclass(frozen=True)
 class ParallelGroups:
     """The groups that this rank belongs to.
@@ -54,6 +59,11 @@ class ParallelGroups:
     pipeline: ProcessGroup
     model: ProcessGroup
     embedding: ProcessGroup
+
+    def along(self, axis: Axis) -> ProcessGroup:
+        """The group of ``axis``."""
+        group: ProcessGroup = getattr(self, axis)
+        return group
 
 
 def build_groups(dims: ParallelDims) -> ParallelGroups:

@@ -9,7 +9,8 @@ all-reduce forward, after the second, and one backward, before the first. Weight
 
 With ``sequence_parallel``, the input of a column-parallel and the output of a row-parallel layer
 are parts of the sequence: ``(batch, seq / tensor, hidden)``, and an all-gather with a
-reduce-scatter takes the place of each all-reduce.
+reduce-scatter takes the place of each all-reduce. With ``symmetric_memory`` these run beside the
+products, on GPUs that reach each other's memory; see ``mpu.overlap``.
 
 Layers start with weights that depend on torch's default seed and not on the size of the group: call
 ``torch.manual_seed`` alike on all ranks.
@@ -31,7 +32,8 @@ from mpu.mappings import (
     reduce_scatter_to_sequence,
     scatter_to_region,
 )
-from mpu.products import linear, main_grad, matmul, weight_gradient
+from mpu.overlap import gather_linear, linear_reduce_scatter
+from mpu.products import PLAIN, Products, bias_gradient, main_grad
 from mpu.rng import init_normal
 from mpu.sharding import ShardSpec, set_shard_spec
 
@@ -43,11 +45,14 @@ class ColumnParallelLinear(nn.Module):
         group: the tensor group.
         gather_output: return all outputs on every rank, ``(*, out_features)``.
         sequence_parallel: take a part of the sequence, ``(batch, seq / tensor, in_features)``.
+        symmetric_memory: gather the sequence beside the product.
         skip_bias_add: leave ``layer.bias`` to the caller, who fuses it with what follows.
         num_blocks: stacked matrices in the output, each of which is cut by itself.
+        products: how matrices are multiplied; with symmetric memory, for the weight gradient only.
 
     Raises:
-        ValueError: if the outputs of a block do not divide by the size of the group.
+        ValueError: if the outputs of a block do not divide by the size of the group, or for
+            symmetric memory without sequence parallelism.
     """
 
     bias: nn.Parameter | None
@@ -61,8 +66,10 @@ class ColumnParallelLinear(nn.Module):
         bias: bool = True,
         gather_output: bool = False,
         sequence_parallel: bool = False,
+        symmetric_memory: bool = False,
         skip_bias_add: bool = False,
         num_blocks: int = 1,
+        products: Products = PLAIN,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -71,7 +78,9 @@ class ColumnParallelLinear(nn.Module):
         self.group = group
         self.gather_output = gather_output
         self.sequence_parallel = sequence_parallel
+        self.overlaps = _overlaps(symmetric_memory, sequence_parallel, group)
         self.skip_bias_add = skip_bias_add
+        self.products = products
         weight = ShardSpec(shape=(out_features, in_features), dim=0, blocks=num_blocks)
         self.weight = _parameter(weight, group, dtype, device)
         _init_weight(self.weight, in_features, group)
@@ -82,8 +91,11 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.skip_bias_add else self.bias
-        group = self.group if self.group.size() > 1 else None
-        y = _Linear.apply(x, self.weight, bias, group, self.sequence_parallel)
+        if self.overlaps:
+            y = gather_linear(x, self.weight, bias, self.group, self.products)
+        else:
+            group = self.group if self.group.size() > 1 else None
+            y = _Linear.apply(x, self.weight, bias, group, self.sequence_parallel, self.products)
         return gather_from_region(y, self.group) if self.gather_output else y
 
 
@@ -94,10 +106,13 @@ class RowParallelLinear(nn.Module):
         group: the tensor group.
         input_is_parallel: the input is cut already; else it is whole, ``(*, in_features)``.
         sequence_parallel: return a part of the sequence, ``(batch, seq / tensor, out_features)``.
+        symmetric_memory: sum up beside the product.
         skip_bias_add: leave ``layer.bias`` to the caller, who fuses it with what follows.
+        products: how matrices are multiplied; with symmetric memory, for the weight gradient only.
 
     Raises:
-        ValueError: if ``in_features`` does not divide by the size of the group.
+        ValueError: if ``in_features`` does not divide by the size of the group, or for symmetric
+            memory without sequence parallelism.
     """
 
     bias: nn.Parameter | None
@@ -111,7 +126,9 @@ class RowParallelLinear(nn.Module):
         bias: bool = True,
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
+        symmetric_memory: bool = False,
         skip_bias_add: bool = False,
+        products: Products = PLAIN,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -120,7 +137,9 @@ class RowParallelLinear(nn.Module):
         self.group = group
         self.input_is_parallel = input_is_parallel
         self.sequence_parallel = sequence_parallel
+        self.overlaps = _overlaps(symmetric_memory, sequence_parallel, group)
         self.skip_bias_add = skip_bias_add
+        self.products = products
         weight = ShardSpec(shape=(out_features, in_features), dim=1)
         self.weight = _parameter(weight, group, dtype, device)
         _init_weight(self.weight, in_features, group)
@@ -132,12 +151,16 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = scatter_to_region(x, self.group)
-        partial = _Linear.apply(x, self.weight, None, None, False)
-        if self.sequence_parallel:
-            y = reduce_scatter_to_sequence(partial, self.group)
-        else:
-            y = reduce_from_region(partial, self.group)
+        y = self._product(x)
         return y if self.bias is None or self.skip_bias_add else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.overlaps:
+            return linear_reduce_scatter(x, self.weight, self.group, self.products)
+        partial = _Linear.apply(x, self.weight, None, None, False, self.products)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence(partial, self.group)
+        return reduce_from_region(partial, self.group)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -218,26 +241,31 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         group: ProcessGroup | None,
         sequence_parallel: bool,
+        products: Products,
     ) -> Tensor:
         # The gathered input is kept, so that the backward pass does not gather it once more.
         if group is not None and sequence_parallel:
             x = all_gather(x, group, SEQUENCE_DIM)
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.group, ctx.sequence_parallel = bias is not None, group, sequence_parallel
-        return linear(x, weight, bias)
+        ctx.products, ctx.main_grad = products, main_grad(weight)
+        return products.output(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
-        partial = matmul(grad, weight)
+        prepared = ctx.products.prepare(grad)
+        partial = ctx.products.input_gradient(prepared, weight)
         pending: Pending | Done = Done(partial)
         if ctx.group is not None and ctx.sequence_parallel:
             pending = start_reduce_scatter(partial, ctx.group, SEQUENCE_DIM)
         elif ctx.group is not None:
             pending = start_all_reduce(partial, ctx.group)
-        grad_weight = weight_gradient(weight, grad, x)
-        grad_bias = grad.reshape(-1, grad.size(-1)).sum(dim=0) if ctx.has_bias else None
-        return pending.wait(), grad_weight, grad_bias, None, None
+        grad_weight = ctx.products.weight_gradient(prepared, x, ctx.main_grad)
+        grad_bias = bias_gradient(grad) if ctx.has_bias else None
+        return pending.wait(), grad_weight, grad_bias, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -286,6 +314,13 @@ def _init_weight(weight: nn.Parameter, fan_in: int, group: ProcessGroup) -> None
     seed = int(torch.randint(2**62, (1,)))
     std = 1 / math.sqrt(3 * fan_in)
     init_normal(weight, seed=seed, name="", std=std, rank=group.rank(), size=group.size())
+
+
+def _overlaps(symmetric_memory: bool, sequence_parallel: bool, group: ProcessGroup) -> bool:
+    """Whether a layer communicates beside its products."""
+    if symmetric_memory and not sequence_parallel:
+        raise ValueError("symmetric_memory needs sequence_parallel")
+    return symmetric_memory and group.size() > 1
 
 
 def _check_divides(name: str, value: int, size: int) -> None:

@@ -1,5 +1,8 @@
 """Matrix products of the layers, and where their weight gradients go.
 
+**Another number format.** A linear layer computes by an object of the class ``Products``. That of
+this module, ``PLAIN``, multiplies numbers as they are; a model may hand its layers another one.
+
 **Gradients in place.** A parameter may carry a buffer that its gradient is added to, possibly of a
 higher precision (``set_main_grad``). The layers then add their product to it directly and give
 autograd nothing, which saves a tensor of the size of the weight and two passes over it. Without a
@@ -12,6 +15,7 @@ come out otherwise after a resumption and change the last bits of the run.
 """
 
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +24,51 @@ _WEIGHT_ROWS = 2**14
 """Rows of a low-precision weight gradient that are computed at once before they are added up."""
 
 
+class Products(Protocol):
+    """The three products of a linear layer with a weight of ``(out, in)``."""
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias``: ``(*, in)`` -> ``(*, out)``."""
+
+    def prepare(self, grad: Tensor) -> Tensor:
+        """The gradient of the output, ``(*, out)``, in the form that the next two take it in."""
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """``grad @ weight``: ``(*, out)`` -> ``(*, in)``."""
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
+        """``grad.T @ x`` over all leading dimensions; None if it was added to ``total``."""
+
+
+class PlainProducts:
+    """``Products`` of numbers as they are; see there."""
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias)
+
+    def prepare(self, grad: Tensor) -> Tensor:
+        return grad
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return matmul(grad, weight)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
+        return weight_gradient(grad, x, total)
+
+
+PLAIN: Products = PlainProducts()
+
+
 def set_main_grad(parameter: nn.Parameter, buffer: Tensor) -> None:
     """Let the layers add the gradient of ``parameter`` to ``buffer``, of its shape."""
     parameter.main_grad = buffer  # type: ignore[attr-defined]
 
 
 def main_grad(weight: Tensor) -> Tensor | None:
-    """The buffer that the gradient of ``weight`` is added to, if it has one."""
+    """The buffer that the gradient of ``weight`` is added to, if it has one.
+
+    To be asked in the forward pass: recomputation gives a backward pass another object.
+    """
     buffer: Tensor | None = getattr(weight, "main_grad", None)
     return buffer
 
@@ -46,19 +88,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
-def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
-    """``grad.T @ x``, ``(out, in)``, from all leading dimensions; None if ``main_grad`` takes it.
+def weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None) -> Tensor | None:
+    """``grad.T @ x``, ``(out, in)``, over all leading dimensions; None if added to ``total``.
 
     Args:
         grad: of the output, ``(*, out)``.
         x: input, ``(*, in)``.
+        total: the weight's ``main_grad``.
     """
     rows, inputs = grad.reshape(-1, grad.size(-1)), x.reshape(-1, x.size(-1))
-    buffer = main_grad(weight)
-    if buffer is None:
+    if total is None:
         return matmul(rows.t(), inputs)
-    add_product(buffer, rows, inputs)
+    add_product(total, rows, inputs)
     return None
+
+
+def bias_gradient(grad: Tensor) -> Tensor:
+    """The sum of ``(*, out)`` over all leading dimensions, ``(out,)``."""
+    return grad.reshape(-1, grad.size(-1)).sum(dim=0)
 
 
 def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:

@@ -92,12 +92,15 @@ def init_normal(
 ) -> None:
     """Fill ``parameter`` with this rank's part of a normal matrix; padding becomes zero.
 
-    The whole matrix is a function of ``seed`` and ``name`` alone, and no rank holds it.
+    The whole matrix is a function of ``seed`` and ``name`` alone, and no rank holds it. On the meta
+    device there is nothing to fill.
 
     Args:
         rank: of the tensor group.
         size: of the tensor group.
     """
+    if parameter.is_meta:
+        return
     parameter.zero_()
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)

@@ -14,10 +14,10 @@ If the length of the dimension does not divide, the last ranks hold padding: row
 logical position, and that stay zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,19 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class HeldBox:
+    """A box of the whole tensor, and what holds it on this rank.
+
+    Attributes:
+        start: first index of the box in the whole tensor, for each dimension.
+        tensor: of the shape of the box. Writing to it changes what is held.
+    """
+
+    start: tuple[int, ...]
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
 class ShardSpec:
     """How one parameter is cut over the tensor axis.
 
@@ -54,8 +67,9 @@ class ShardSpec:
             needs; None where it is not.
         sum_gradient: a replicated parameter of which each tensor rank sees only its part of the
             sequence, so that the ranks' gradients are parts of a sum.
-        tied_copy: a second copy of a parameter that another pipeline stage owns; it is counted,
-            saved and exported there.
+        tied: the first and the last pipeline stage hold a copy each, whose gradients are parts of
+            a sum.
+        tied_copy: the one of them that is not counted, saved and exported.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +77,7 @@ class ShardSpec:
     blocks: int = 1
     padded_run: int | None = None
     sum_gradient: bool = False
+    tied: bool = False
     tied_copy: bool = False
 
     def run(self, size: int) -> int:
@@ -87,6 +102,11 @@ class ShardSpec:
             zeros = (0,) * len(self.shape)
             return [Piece(start=zeros, shape=self.shape, local_start=zeros)]
         return list(self._cut_pieces(self.dim, rank, size))
+
+    def boxes(self, local: Tensor, rank: int, size: int) -> tuple[HeldBox, ...]:
+        """The pieces of tensor rank ``rank`` of ``size``, in its tensor ``local``."""
+        pieces = self.pieces(rank, size)
+        return tuple(HeldBox(piece.start, local[piece.local_slices]) for piece in pieces)
 
     def _cut_pieces(self, dim: int, rank: int, size: int) -> Iterator[Piece]:
         block_length = self.shape[dim] // self.blocks
@@ -115,3 +135,14 @@ def shard_spec(parameter: nn.Parameter) -> ShardSpec:
     """The spec of ``parameter``; one that carries none is whole on every rank."""
     spec: ShardSpec | None = getattr(parameter, "shard_spec", None)
     return spec if spec is not None else ShardSpec(shape=tuple(parameter.shape))
+
+
+def replace_parameters(
+    module: nn.Module, tensor_for: Callable[[str, nn.Parameter], Tensor]
+) -> None:
+    """Give each parameter the storage that ``tensor_for`` returns for its name and old self."""
+    for path, part in module.named_modules():
+        for name, old in list(part.named_parameters(recurse=False)):
+            new = nn.Parameter(tensor_for(f"{path}.{name}" if path else name, old))
+            set_shard_spec(new, shard_spec(old))
+            part.register_parameter(name, new)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mpu.products
 from mpu import (
@@ -23,8 +24,9 @@ VOCAB, SIZE = 21, 8
 class Network(nn.Module):
     """An embedding, two linear layers, and the embedding again as head."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, recompute: bool) -> None:
         super().__init__()
+        self.recompute = recompute
         group = build_groups(ParallelDims(tensor=torch.distributed.get_world_size())).tensor
         self.group = group
         self.embedding = VocabParallelEmbedding(VOCAB, SIZE, group=group, dtype=dtype)
@@ -32,22 +34,28 @@ class Network(nn.Module):
         self.down = RowParallelLinear(12, SIZE, group=group, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.down(self.up(self.embedding(tokens)).relu())
+        x = self.embedding(tokens)
+        hidden = checkpoint(self.block, x, use_reentrant=False) if self.recompute else self.block(x)
         weights = torch.ones(tokens.shape, dtype=torch.float64)
         head = self.embedding.weight
         return vocab_parallel_linear_cross_entropy(
             hidden, head, tokens, weights, group=self.group, vocab_size=VOCAB, chunk_tokens=3
         )
 
+    def block(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.up(x).relu())
+        return y
 
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_gradients_in_place_equal_those_of_autograd(tensor: int) -> None:
-    run_ranks(tensor, check_in_place)
+def test_gradients_in_place_equal_those_of_autograd(tensor: int, recompute: bool) -> None:
+    run_ranks(tensor, check_in_place, recompute)
 
 
-def check_in_place() -> None:
+def check_in_place(recompute: bool) -> None:
     tokens = torch.tensor([[3, 0, 20, 3], [7, 7, 1, 19]])
-    network = Network(torch.float64)
+    network = Network(torch.float64, recompute=recompute)
     (2 * network(tokens)).backward()
     want = {name: parameter.grad for name, parameter in network.named_parameters()}
 
