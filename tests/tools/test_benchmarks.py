@@ -1,55 +1,63 @@
-"""The benchmarks run, count what theory says, and make the page of the documentation."""
+"""The benchmarks run, and find what theory says."""
 
-import re
-import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
+from math import log
 from pathlib import Path
-from string import Template
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron.config import ModelConfig
-from megatron.errors import ConfigError, DataError, RunError
+from megatron.errors import ConfigError, RunError
 from megatron.launch import Launch
 from tests.figures import Figure
 from tools.benchmarks import (
     attention,
     communication,
+    contenders,
     flops,
+    gains,
     head,
     kernels,
-    page,
+    launches,
+    megatron_core,
     startup,
     train_step,
     train_step_gpu,
     train_step_tensor,
 )
+from tools.benchmarks.ablations import Ablation
+from tools.benchmarks.changes import CPU_CHANGES, GPU_CHANGES, Change
 from tools.benchmarks.measure import (
     NoisyError,
     Times,
+    check_losses,
     check_quiet,
     interleave,
     peak_bytes,
+    runnable,
 )
-from tools.benchmarks.result import MIB, Result, Row, Table, publish, read_result, table_lines
+from tools.benchmarks.result import MIB, Result, Row, read_result
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 BENCHMARKS = {
     "attention": attention,
     "communication": communication,
     "flops": flops,
+    "gains": gains,
     "head": head,
     "kernels": kernels,
+    "launches": launches,
     "startup": startup,
     "train_step": train_step,
     "train_step_gpu": train_step_gpu,
     "train_step_tensor": train_step_tensor,
 }
-TIMED = ("attention", "head", "kernels")
+TIMED = ("attention", "gains", "head", "kernels")
 MODEL = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=16, seq_length=4)
 
 Quick = Callable[[str], Result]
@@ -122,6 +130,102 @@ def test_tensor_ranks_send_little_more_than_the_least(quick: Quick) -> None:
         float(str(table.rows[0][name])) for name in ("MiB a rank sends", "MiB in theory")
     )
     assert least < sent < 1.05 * least
+
+
+@pytest.mark.slow
+def test_every_change_of_a_cpu_is_measured_and_those_of_a_gpu_are_predicted(quick: Quick) -> None:
+    on_cpu, on_gpu = quick("gains").tables
+    assert [row["predicted"] for row in on_cpu.rows] == [c.predicted for c in CPU_CHANGES]
+    assert [row["predicted"] for row in on_gpu.rows] == [c.predicted for c in GPU_CHANGES]
+    # Layers are compiled where there is a compiler for C++.
+    assert all(isinstance(row["measured"], float) for row in on_cpu.rows if row["kept"] != "no")
+    assert {row["measured"] for row in on_gpu.rows} == {"not measured"}
+
+
+def test_every_ablation_belongs_to_a_change_of_a_known_step() -> None:
+    changes = [*CPU_CHANGES, *GPU_CHANGES]
+    assert {change.ablation for change in changes} == {None, *get_args(Ablation)}
+    assert {change.step for change in changes} == set(gains.STEPS)
+
+
+def test_gain_is_how_many_times_as_long_the_step_takes_without_the_change() -> None:
+    times = {"as it is": Times((2.0, 3.0)), "plain head": Times((3.0, 9.0))}
+    change = Change("a", "b", "med", "because", 1.1, "plain head")
+    assert gains.gain(change, times) == 1.5
+    assert gains.gain(replace(change, kept="no"), times) == pytest.approx(2 / 3)
+    assert gains.gain(change, {"as it is": times["as it is"]}) == "does not run"
+    assert gains.gain(change, {}) == "not measured"
+    assert gains.gain(replace(change, ablation=None), times) == "not measured"
+    assert gains.row_of(change, times)["median / least"] == 2
+
+
+def test_operations_are_counted_without_views_and_reservations() -> None:
+    x = torch.ones(4, 2)
+    with launches.OperationCount() as operations:
+        torch.empty_like(x)
+        (x.t() @ x).view(4).add_(1)
+    assert operations.count == 2
+
+
+@pytest.mark.slow
+def test_gpu_waits_for_the_cpu_at_a_microbatch_of_one_sequence(
+    quick: Quick, figure: Figure
+) -> None:
+    table, smallest = quick("launches").tables
+    (row,) = table.rows
+    assert (row["model"], row["micro-batch"]) == ("560m", 1)
+    assert 24 * int(str(row["operations of a layer"])) < int(str(row["of the model"]))
+    # 3.66 GFLOP a token at half of 989.5 TFLOP/s.
+    assert row["GPU ms"] == pytest.approx(3.66e9 * 2048 / 494.75e12 * 1000, rel=1e-2)
+    assert (float(str(row["GPU / CPU"])) > 1) == (smallest.rows[0]["micro-batch"] == 1)
+    figure("issuing an operation", us=row["us to issue one"])
+
+
+def test_cpu_is_ahead_from_the_first_size_that_takes_the_gpu_longer() -> None:
+    rows: list[Row] = [
+        {"model": name, "micro-batch": size, "GPU / CPU": ratio}
+        for name, size, ratio in [("a", 1, 0.7), ("a", 2, 1.1), ("a", 4, 2.0), ("b", 1, 0.1)]
+    ]
+    assert list(launches.smallest_ahead(rows)) == [
+        {"model": "a", "micro-batch": 2},
+        {"model": "b", "micro-batch": "none of these"},
+    ]
+
+
+def test_issue_takes_dispatch_and_launch_of_each_operation() -> None:
+    assert launches.Issue(1000, 40, seconds_each=7.5e-6).seconds == pytest.approx(0.01)
+
+
+def test_contenders_that_compute_something_else_are_refused() -> None:
+    check_losses({"a": 1.0, "b": 1.005}, 1.0, 0.01)
+    with pytest.raises(RunError, match=r"loss of b is 1\.02, not 1\.0 within 0\.01"):
+        check_losses({"a": 1.0, "b": 1.02}, 1.0, 0.01)
+
+
+def test_contenders_that_fail_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise RuntimeError("no compiler")
+
+    assert list(runnable({"good": list, "bad": fail})) == ["good"]
+    assert "bad is left out: no compiler" in capsys.readouterr().err
+
+
+def test_megatron_core_takes_part_where_it_is_installed_and_can_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(megatron_core, "is_installed", lambda: True)
+    assert megatron_core.NAME in contenders.contenders_for("fp32", CPU)
+    assert megatron_core.NAME in contenders.contenders_for("bf16", gpu)
+    assert megatron_core.NAME not in contenders.contenders_for("bf16", CPU)
+    monkeypatch.setattr(megatron_core, "is_installed", lambda: False)
+    assert contenders.contenders_for("bf16", gpu) == ["ours", "plain", "transformers"]
+
+
+def test_first_loss_of_megatron_core_is_that_of_a_guess() -> None:
+    megatron_core.check_first_loss(log(MODEL.vocab_size), MODEL)
+    with pytest.raises(RunError, match="loss of Megatron-Core is 2"):
+        megatron_core.check_first_loss(2.0, MODEL)
 
 
 def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
@@ -226,79 +330,3 @@ def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
 def test_gpu_benchmark_says_that_it_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match="needs a GPU"):
         train_step_gpu.main([])
-
-
-def test_table_has_even_columns() -> None:
-    rows: list[Row] = [
-        {"name": "a", "ms": 12345.6, "n": 10_000},
-        {"name": "long", "ms": 0.01234, "n": None},
-    ]
-    assert list(table_lines(Table("", rows))) == [
-        "| name | ms     | n      |",
-        "| ---- | ------ | ------ |",
-        "| a    | 12,346 | 10,000 |",
-        "| long | 0.0123 | -      |",
-    ]
-
-
-def test_documentation_is_what_the_tool_makes() -> None:
-    made = page.make_page(ROOT / "docs" / "performance")
-    assert (ROOT / "docs" / "performance.md").read_text() == made, (
-        "run python -m tools.benchmarks.page"
-    )
-
-
-def test_page_has_tables_with_device_and_date_or_says_not_measured(tmp_path: Path) -> None:
-    environment = {"device": "Abacus 9", "torch": "2.13", "date": "2026-01-02"}
-    table = Table("Some head", [{"contender": "fused", "ms": 7}])
-    publish(Result("head", environment, [table]), tmp_path / "head_gpu.json")
-    made = page.make_page(tmp_path)
-    assert "**Some head**, Abacus 9, 2026-01-02\n\n| contender | ms |\n" in made
-    assert "torch 2.13" in made
-    assert made.count("| GPU    | not measured |") == 3
-    assert "$" not in made
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("heads_cpu", "{}", "the page has no place for it"),
-        ("head_cpu", "{", "is not the result of a benchmark"),
-        ("head_cpu", "{}", "is not the result of a benchmark"),
-    ],
-)
-def test_wrong_file_is_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / f"{name}.json").write_text(text)
-    with pytest.raises(DataError, match=rf"{name}\.json: {message}"):
-        page.make_page(tmp_path)
-
-
-def test_page_has_the_shapes_of_the_benchmark() -> None:
-    rows = []
-    for name, shape in train_step.SHAPES.items():
-        model = shape.model
-        numbers = (model.num_layers, model.hidden_size, model.num_heads, model.vocab_size)
-        texts = [name, *(f"{n:,}" for n in (*numbers, model.seq_length, shape.batch))]
-        rows.append(texts)
-    template = page.TEMPLATE.read_text()
-    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in template.splitlines()]
-    assert [row for row in found if row and row[0] in train_step.SHAPES] == rows
-
-
-def test_page_has_a_place_for_what_the_commands_write() -> None:
-    script = (ROOT / "tools" / "benchmarks" / "gpu.sh").read_text()
-    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-    template = page.TEMPLATE.read_text()
-    written = set(re.findall(r"docs/performance/(\w+)\.json", template))
-    written |= {
-        f"{name.removesuffix('_gpu')}_gpu"
-        for name in re.findall(r"^benchmark (\w+)", script, re.MULTILINE)
-    }
-    assert written == set(Template(template).get_identifiers())
-
-
-def test_gpu_script_takes_less_than_ten_minutes() -> None:
-    script = (ROOT / "tools" / "benchmarks" / "gpu.sh").read_text()
-    limits = re.findall(r"^(?:part|benchmark) \w+ (\d+)", script, re.MULTILINE)
-    assert len(limits) == 5
-    assert sum(map(int, limits)) < 600

@@ -6,7 +6,6 @@ TFLOP/s count what a causal model needs: half of the scores, two products forwar
 figures do, five backward, since a kernel that keeps no scores computes them again.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -18,17 +17,9 @@ from megatron.cli import run_tool
 from megatron.launch import Launch
 from megatron.model.alibi import alibi_slopes
 from megatron.model.attention import AttentionBias, Backend, attention, runs_on
-from tools.benchmarks.measure import ROUNDS, Times, Work, check_quiet, interleave, timer_of
-from tools.benchmarks.ranks import run_alone
-from tools.benchmarks.result import (
-    Result,
-    Row,
-    Table,
-    add_timing_options,
-    build_parser,
-    describe_environment,
-    publish,
-)
+from tools.benchmarks.measure import ROUNDS, Times, Work, interleave, runnable, timer_of
+from tools.benchmarks.program import Run, run_benchmark
+from tools.benchmarks.result import Row, Table
 
 _PRODUCTS = 2 + 5
 
@@ -61,22 +52,17 @@ QUICK = [Shape(1, 2, 64, 16, torch.float32)]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return the exit code."""
-    parser = build_parser("Speed of each attention backend.")
-    add_timing_options(parser)
-    args = parser.parse_args(argv)
-    shapes = GPU_SHAPES if args.device == "cuda" else CPU_SHAPES
-    if args.quick:
-        shapes = QUICK
+    return run_benchmark("attention", "Speed of each attention backend.", measure, argv)
+
+
+def measure(run: Run) -> Iterator[Table]:
+    """The table of all shapes of the device."""
+    shapes = run.choose(quick=QUICK, cpu=CPU_SHAPES, cuda=GPU_SHAPES)
     rows: list[Row] = []
-    for shape, times in zip(
-        shapes, run_alone(time_shapes, shapes, device=args.device), strict=True
-    ):
-        what = f"attention with heads of {shape.head_size}"
-        check_quiet(what, times, allow_noise=args.noisy or args.quick)
+    for shape, times in zip(shapes, run.alone(time_shapes, shapes), strict=True):
+        run.check(f"attention with heads of {shape.head_size}", times)
         rows += rows_of(shape, times)
-    table = Table("Attention, forward and backward", rows)
-    publish(Result("attention", describe_environment(args.device), [table]), args.json)
-    return 0
+    yield Table("Attention, forward and backward", rows)
 
 
 def rows_of(shape: Shape, times: dict[str, Times]) -> Iterator[Row]:
@@ -102,18 +88,7 @@ def _time_backends(device: torch.device, shape: Shape) -> dict[str, Times]:
     tensors = [torch.randn(size, dtype=shape.dtype, device=device) for _ in range(4)]
     backends: list[Backend] = [b for b in get_args(Backend) if runs_on(b, device)]
     works: dict[str, Work] = {backend: _pass(backend, *tensors) for backend in backends}
-    able = {backend: work for backend, work in works.items() if _runs(backend, work)}
-    return interleave(able, timer_of(device), rounds=ROUNDS)
-
-
-def _runs(backend: str, work: Work) -> bool:
-    """Whether ``work`` does not fail, as a compiler may that does not know the device."""
-    try:
-        work()
-    except RuntimeError as error:
-        print(f"{backend} is left out: {error}", file=sys.stderr)
-        return False
-    return True
+    return interleave(runnable(works), timer_of(device), rounds=ROUNDS)
 
 
 def _pass(backend: Backend, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Work:

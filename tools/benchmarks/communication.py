@@ -28,16 +28,10 @@ from megatron.launch import Launch
 from megatron.model.init import build_model, init_parameters
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement
-from mpu import RngStreams
+from mpu import ParallelDims, RngStreams
+from tools.benchmarks.program import Run, run_benchmark
 from tools.benchmarks.ranks import run_ranks
-from tools.benchmarks.result import (
-    Result,
-    Row,
-    Table,
-    build_parser,
-    describe_environment,
-    publish,
-)
+from tools.benchmarks.result import Row, Table
 
 # For each operation: where, among its arguments, the tensor with the elements of all ranks is; and
 # how often a ring passes these elements on.
@@ -95,18 +89,22 @@ def theory(sequence: bool, recompute: Recompute, tensor: int) -> Count:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return the exit code."""
-    parser = build_parser("Collectives of one layer, counted, against theory.")
-    args = parser.parse_args(argv)
-    sizes = (2,) if args.quick else (2, 4)
+    description = "Collectives of one layer, counted, against theory."
+    return run_benchmark("communication", description, measure, argv, timed=False)
+
+
+def measure(run: Run) -> Iterator[Table]:
+    """The table of all kinds of layers."""
+    sizes = (2,) if run.quick else (2, 4)
     rows = [row for tensor in sizes for row in count_on(tensor)]
-    table = Table("Collectives of one layer, forward and backward", rows)
-    publish(Result("communication", describe_environment("cpu"), [table]), args.json)
-    return 0
+    yield Table("Collectives of one layer, forward and backward", rows)
 
 
 def count_on(tensor: int) -> Iterator[Row]:
     """One row for each kind of layer on ``tensor`` ranks."""
-    counts: dict[tuple[bool, Recompute], Count] = run_ranks(tensor, count_layers)[0]
+    counts: dict[tuple[bool, Recompute], Count] = run_ranks(
+        ParallelDims(tensor=tensor), count_layers
+    )[0]
     for (sequence, recompute), count in counts.items():
         want = theory(sequence, recompute, tensor)
         yield {

@@ -1,13 +1,14 @@
-"""One training step of the same model, three times: ours, transformers', and a plain one.
+"""One training step by several programs: ours, transformers', a plain one, Megatron-Core's.
 
     ours           TorchEngine.train_step, as a run calls it
     transformers   BloomForCausalLM
     plain          what one writes first: nn.Linear, torch's attention with a mask that has the
                    ALiBi bias, and F.cross_entropy of all logits
+    Megatron-Core  its GPT, where it is installed; another model, see ``megatron_core``
 
-All begin with the same weights and learn from the same batch: forward and backward pass, clipping
-to norm 1, AdamW in torch's fused form. In bf16 the two others compute under autocast, since all
-three keep float32 weights.
+The first three begin with the same weights. All learn from the same batch: forward and backward
+pass, clipping to norm 1, AdamW in torch's fused form. In bf16 the others compute under autocast,
+since all keep float32 weights.
 
 Letters: b batch, s sequence, n heads, d head size, h hidden size.
 """
@@ -16,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +25,16 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.huggingface import bloom_config, transformers_name
 from megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron.engine.base import NamedState
 from megatron.engine.torch_engine import TorchEngine
 from megatron.launch import Launch
 from megatron.model.alibi import alibi_slopes
 from megatron.model.inputs import ModelInputs
 from megatron.training.attention_choice import choose_backend
 from mpu import ParallelGroups
+from tools.benchmarks import megatron_core
 
-Contender: TypeAlias = Literal["ours", "plain", "transformers"]
+Contender: TypeAlias = Literal["ours", "plain", "transformers", "Megatron-Core"]
 Step: TypeAlias = Callable[[Tensor], float]
 """One training step on tokens ``(b, s)``; returns the loss before it."""
 State: TypeAlias = Mapping[str, Tensor]
@@ -44,11 +47,12 @@ _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "unk
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained on."""
+    """What is trained on; ``batch`` sequences, in ``microbatches`` equal parts."""
 
     model: ModelConfig
     batch: int
     dtype: Literal["fp32", "bf16"] = "fp32"
+    microbatches: int = 1
 
     @property
     def tokens(self) -> int:
@@ -62,16 +66,21 @@ def draw_tokens(shape: Shape, device: torch.device) -> Tensor:
     return torch.randint(shape.model.vocab_size, size, generator=generator).to(device)
 
 
-def build_engine(shape: Shape, groups: ParallelGroups, device: torch.device) -> TorchEngine:
-    """Our engine with freshly drawn weights, cut over the tensor group."""
+def build_engine(
+    shape: Shape,
+    groups: ParallelGroups,
+    device: torch.device,
+    parallel: ParallelConfig | None = None,
+) -> TorchEngine:
+    """Our engine with freshly drawn weights; default: cut over the tensor group."""
     config = Config(
         folder=Path("unused"),
         model=shape.model,
-        parallel=ParallelConfig(tensor=groups.tensor.size()),
+        parallel=parallel or ParallelConfig(tensor=groups.tensor.size()),
         train=TrainConfig(
             samples=shape.batch,
             global_batch_size=shape.batch,
-            micro_batch_size=shape.batch,
+            micro_batch_size=shape.batch // shape.microbatches,
             dtype=shape.dtype,
         ),
         optimizer=OptimizerConfig(lr=LR, max_grad_norm=MAX_NORM),
@@ -80,26 +89,41 @@ def build_engine(shape: Shape, groups: ParallelGroups, device: torch.device) -> 
     return TorchEngine(config, groups, device, choice.backend)
 
 
-def engine_step(engine: TorchEngine) -> Step:
-    """A step of ours: each token predicts the next one, and the last one nothing."""
+def engine_step(engine: TorchEngine, lr: float = LR, microbatches: int = 1) -> Step:
+    """A step of ours."""
 
     def step(tokens: Tensor) -> float:
-        weights = torch.ones(tokens.shape, device=tokens.device)
-        weights[:, -1] = 0
-        samples = torch.arange(tokens.size(0), device=tokens.device)
-        inputs = ModelInputs(tokens, tokens.roll(-1, dims=1), weights, samples)
-        return engine.train_step([inputs], LR).loss
+        return engine.train_step(build_inputs(tokens, microbatches), lr).loss
 
     return step
+
+
+def build_inputs(tokens: Tensor, microbatches: int) -> list[ModelInputs]:
+    """Each token predicts the next one, and the last one nothing."""
+    weights = torch.ones(tokens.shape, device=tokens.device)
+    weights[:, -1] = 0
+    samples = torch.arange(tokens.size(0), device=tokens.device)
+    whole = (tokens, tokens.roll(-1, dims=1), weights, samples)
+    parts = zip(*(tensor.chunk(microbatches) for tensor in whole), strict=True)
+    return [ModelInputs(*part) for part in parts]
 
 
 def transformers_state(engine: TorchEngine) -> State:
     """Our weights under the names that transformers has for them."""
     return {
-        transformers_name(entry.name): entry.tensor.clone()
+        transformers_name(entry.name): _whole(entry)
         for entry in engine.named_state()
         if entry.kind == "weight"
     }
+
+
+def _whole(entry: NamedState) -> Tensor:
+    """A copy of a tensor that one process holds all boxes of."""
+    tensor = entry.boxes[0].tensor.new_empty(entry.shape)
+    for box in entry.boxes:
+        sizes = zip(box.start, box.tensor.shape, strict=True)
+        tensor[tuple(slice(start, start + size) for start, size in sizes)] = box.tensor
+    return tensor
 
 
 def transformers_step(shape: Shape, state: State | None, device: torch.device) -> Step:
@@ -131,8 +155,25 @@ def plain_step(shape: Shape, state: State | None, device: torch.device) -> Step:
     return _module_step(model, model, shape, device)
 
 
+def core_step(shape: Shape, device: torch.device) -> Step:
+    """A step of Megatron-Core's GPT, with weights of its own."""
+    model = megatron_core.CoreGpt(shape.model, device)
+    return _module_step(model, model, shape, device)
+
+
+def contenders_for(dtype: str, device: torch.device) -> list[Contender]:
+    """Who is installed, and computes in ``dtype`` on ``device``.
+
+    Megatron-Core's layers do not know of autocast on a CPU.
+    """
+    core = megatron_core.is_installed() and (dtype == "fp32" or device.type == "cuda")
+    return [name for name in get_args(Contender) if name != megatron_core.NAME or core]
+
+
 def build_step(contender: Contender, shape: Shape, launch: Launch) -> Step:
     """The step of ``contender``, which begins with weights of its own."""
+    if contender == "Megatron-Core":
+        return core_step(shape, launch.device)
     if contender == "plain":
         return plain_step(shape, None, launch.device)
     if contender == "transformers":

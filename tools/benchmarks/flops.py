@@ -20,15 +20,8 @@ from megatron.model.flops import count_parameters, flops_per_token
 from megatron.model.inputs import ModelInputs
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
-from tools.benchmarks.ranks import run_alone
-from tools.benchmarks.result import (
-    Result,
-    Row,
-    Table,
-    build_parser,
-    describe_environment,
-    publish,
-)
+from tools.benchmarks.program import Run, run_benchmark
+from tools.benchmarks.result import Row, Table
 
 
 def bloom(num_layers: int, hidden_size: int, num_heads: int) -> ModelConfig:
@@ -56,14 +49,17 @@ _QUICK_LENGTH = 32
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return the exit code."""
-    args = build_parser("Operations by formula and by count.").parse_args(argv)
+    description = "Operations by formula and by count."
+    return run_benchmark("flops", description, measure, argv, timed=False)
+
+
+def measure(run: Run) -> Iterator[Table]:
+    """The table of all models."""
     models = BLOOM
-    if args.quick:
+    if run.quick:
         models = {name: replace(model, seq_length=_QUICK_LENGTH) for name, model in BLOOM.items()}
-    rows = list(compare(models, run_alone(count_models, list(models.values()))))
-    table = Table("Operations to train on one token", rows)
-    publish(Result("flops", describe_environment("cpu"), [table]), args.json)
-    return 0
+    rows = list(compare(models, run.alone(count_models, list(models.values()))))
+    yield Table("Operations to train on one token", rows)
 
 
 def compare(models: dict[str, ModelConfig], counts: Sequence[int]) -> Iterator[Row]:

@@ -32,11 +32,12 @@ benchmark() {
     part "$name" "$seconds" python -m "tools.benchmarks.$name" --json "$out/${name%_gpu}_gpu.json" "$@"
 }
 
-benchmark train_step_gpu 230
-benchmark attention 100 --device cuda
-benchmark head 45 --device cuda
-benchmark kernels 40 --device cuda
-part tests 180 python -m pytest tests/gpu -m gpu -q -p no:cacheprovider
+benchmark train_step_gpu 220
+benchmark gains 75 --device cuda
+benchmark attention 75 --device cuda
+benchmark head 35 --device cuda
+benchmark kernels 30 --device cuda
+part tests 160 python -m pytest tests/gpu -m gpu -q -p no:cacheprovider
 
 echo "== $failed parts failed"
 exit "$failed"

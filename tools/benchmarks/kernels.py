@@ -18,17 +18,9 @@ from megatron.launch import Launch
 from megatron.model.alibi import alibi_slopes
 from megatron.model.fused_softmax import scale_mask_softmax
 from megatron.model.softmax_kernels import fused_scale_mask_softmax, is_available
-from tools.benchmarks.measure import ROUNDS, Times, Work, check_quiet, interleave, timer_of
-from tools.benchmarks.ranks import run_alone
-from tools.benchmarks.result import (
-    Result,
-    Row,
-    Table,
-    add_timing_options,
-    build_parser,
-    describe_environment,
-    publish,
-)
+from tools.benchmarks.measure import ROUNDS, Times, Work, interleave, timer_of
+from tools.benchmarks.program import Run, run_benchmark
+from tools.benchmarks.result import Row, Table
 
 _PASSES_OVER_SCORES = 2 + 3
 
@@ -58,20 +50,15 @@ QUICK = [Shape(1, 2, 64, torch.float32)]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return the exit code."""
-    parser = build_parser("Speed of the softmax of attention.")
-    add_timing_options(parser)
-    args = parser.parse_args(argv)
-    shapes = GPU_SHAPES if args.device == "cuda" else CPU_SHAPES
-    if args.quick:
-        shapes = QUICK
+    return run_benchmark("kernels", "Speed of the softmax of attention.", measure, argv)
+
+
+def measure(run: Run) -> Iterator[Table]:
+    """The table of all shapes of the device."""
     rows: list[Row] = []
-    for shape in shapes:
-        times = run_alone(time_softmax, shape, device=args.device)
-        check_quiet("softmax", times, allow_noise=args.noisy or args.quick)
-        rows += rows_of(shape, times)
-    table = Table("Scale, ALiBi, mask and softmax, forward and backward", rows)
-    publish(Result("kernels", describe_environment(args.device), [table]), args.json)
-    return 0
+    for shape in run.choose(quick=QUICK, cpu=CPU_SHAPES, cuda=GPU_SHAPES):
+        rows += rows_of(shape, run.timed("softmax", time_softmax, shape))
+    yield Table("Scale, ALiBi, mask and softmax, forward and backward", rows)
 
 
 def rows_of(shape: Shape, times: dict[str, Times]) -> Iterator[Row]:

@@ -9,6 +9,8 @@ that of the process, which stands still while another one runs; of several round
 because noise only adds. Where even the median is far above the least, nothing was measured.
 """
 
+import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,6 +86,35 @@ def gpu_seconds(work: Work, repeats: int = 5) -> float:
 def timer_of(device: torch.device) -> Timer:
     """How work on ``device`` is timed."""
     return gpu_seconds if device.type == "cuda" else cpu_seconds
+
+
+def runnable(contenders: Mapping[str, Work]) -> dict[str, Work]:
+    """Those that do not fail when called, as a compiler may that does not know the device."""
+    able = {}
+    for name, work in contenders.items():
+        try:
+            work()
+        except RuntimeError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+        else:
+            able[name] = work
+    return able
+
+
+def check_losses(losses: Mapping[str, float], want: float, tolerance: float) -> None:
+    """Refuse contenders that do not compute the same.
+
+    Args:
+        tolerance: relative difference from the loss ``want``.
+
+    Raises:
+        RunError: naming the contender.
+    """
+    for name, loss in losses.items():
+        if not math.isclose(loss, want, rel_tol=tolerance):
+            raise RunError(
+                f"loss of {name} is {loss}, not {want} within {tolerance:g}: not the same work"
+            )
 
 
 def interleave(

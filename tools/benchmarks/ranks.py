@@ -13,10 +13,11 @@ from multiprocessing import get_context
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 
 from megatron.config import LaunchConfig
 from megatron.launch import launched, read_environment
-from mpu import ParallelDims
+from mpu import ParallelDims, ParallelGroups
 
 Device: TypeAlias = Literal["cpu", "cuda"]
 
@@ -28,9 +29,9 @@ _PATIENCE = 120.0
 
 
 def run_ranks(
-    world_size: int, body: Callable[..., Any], *args: Any, device: Device = "cpu"
+    dims: ParallelDims, body: Callable[..., Any], *args: Any, device: Device = "cpu"
 ) -> list[Any]:
-    """Call ``body(launch, *args)`` on ``world_size`` tensor ranks; what each of them returned.
+    """Call ``body(launch, *args)`` on every rank of the grid ``dims``; what each of them returned.
 
     Args:
         body: a module-level function. What it raises is raised here.
@@ -38,22 +39,28 @@ def run_ranks(
     context = get_context("forkserver")
     context.set_forkserver_preload(_SLOW_IMPORTS)
     port = _free_port()
-    with ProcessPoolExecutor(world_size, mp_context=context) as pool:
+    with ProcessPoolExecutor(dims.world_size, mp_context=context) as pool:
         ranks = [
-            pool.submit(_run_rank, rank, world_size, port, device, body, args)
-            for rank in range(world_size)
+            pool.submit(_run_rank, rank, dims, port, device, body, args)
+            for rank in range(dims.world_size)
         ]
         return [rank.result() for rank in ranks]
 
 
 def run_alone(body: Callable[..., Any], *args: Any, device: Device = "cpu") -> Any:
     """``run_ranks`` with one rank."""
-    return run_ranks(1, body, *args, device=device)[0]
+    return run_ranks(ParallelDims(), body, *args, device=device)[0]
+
+
+def build_alone() -> ParallelGroups:
+    """Groups in which this rank is alone. Collective: every rank calls it."""
+    group, _ = dist.new_subgroups_by_enumeration([[r] for r in range(dist.get_world_size())])
+    return ParallelGroups(ParallelDims(), group, group, group, group, group)
 
 
 def _run_rank(
     rank: int,
-    world_size: int,
+    dims: ParallelDims,
     port: int,
     device: Device,
     body: Callable[..., Any],
@@ -62,18 +69,14 @@ def _run_rank(
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
+        WORLD_SIZE=str(dims.world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LaunchConfig(device=device, startup_timeout=_PATIENCE, timeout=_PATIENCE)
-
-    def layout(size: int) -> ParallelDims:
-        return ParallelDims(tensor=size)
-
-    with launched(layout, config, read_environment()) as launch:
+    with launched(lambda _: dims, config, read_environment()) as launch:
         return body(launch, *args)
 
 

@@ -8,7 +8,6 @@ A file holds one result:
 Rows are dictionaries of column name to value; a table has the columns of its first row.
 """
 
-import argparse
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,29 +63,6 @@ def describe_environment(device: Device, threads: str = "1") -> dict[str, str]:
         **packages,
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to try the program; figures mean nothing"
-    )
-    return parser
-
-
-def add_timing_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a benchmark that measures time."""
-    parser.add_argument(
-        "--noisy", action="store_true", help="accept times that vary with other work"
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one",
-    )
 
 
 def publish(result: Result, path: Path | None) -> None:

@@ -8,17 +8,11 @@ meta tensors. In a new process each time; of several the least counts.
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megatron.cli import run_tool
-from tools.benchmarks.result import (
-    Result,
-    Row,
-    Table,
-    build_parser,
-    describe_environment,
-    publish,
-)
+from tools.benchmarks.program import Run, run_benchmark
+from tools.benchmarks.result import Table
 
 _PROGRAM = """
 import time
@@ -49,16 +43,18 @@ _PARTS = ("imports after torch", "config", "process group", "model")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return the exit code."""
-    args = build_parser("Seconds until a run has its model.").parse_args(argv)
-    seconds = min((measure() for _ in range(2 if args.quick else 6)), key=sum)
+    description = "Seconds until a run has its model."
+    return run_benchmark("startup", description, measure, argv, timed=False)
+
+
+def measure(run: Run) -> Iterator[Table]:
+    """The table of the parts."""
+    seconds = min((start_once() for _ in range(2 if run.quick else 6)), key=sum)
     parts = [*zip(_PARTS, seconds, strict=True), ("together", sum(seconds))]
-    rows: list[Row] = [{"part": part, "CPU s": s} for part, s in parts]
-    result = Result("startup", describe_environment("cpu"), [Table("Start of BLOOM 1b7", rows)])
-    publish(result, args.json)
-    return 0
+    yield Table("Start of BLOOM 1b7", [{"part": part, "CPU s": s} for part, s in parts])
 
 
-def measure() -> list[float]:
+def start_once() -> list[float]:
     """CPU seconds of the parts, in a new process."""
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM], check=True, stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Speed of training BLOOM on one GPU, against transformers', and where the time of a step goes.
+"""Speed of training BLOOM on one GPU, beside other programs, and where the time of a step goes.
 
     python -m tools.benchmarks.train_step_gpu [--models 1b7 3b] [--json FILE]
 
@@ -25,22 +25,28 @@ from megatron.config import ModelConfig
 from megatron.errors import ConfigError, RunError
 from megatron.launch import Launch
 from megatron.model.flops import flops_per_token, peak_flops
-from tools.benchmarks.contenders import Contender, Shape, Step, build_step, draw_tokens
+from tools.benchmarks.contenders import (
+    Contender,
+    Shape,
+    Step,
+    build_step,
+    contenders_for,
+    draw_tokens,
+)
 from tools.benchmarks.flops import BLOOM
 from tools.benchmarks.measure import Times, Work, gpu_seconds, wall_seconds
+from tools.benchmarks.program import build_parser
 from tools.benchmarks.ranks import Device, run_alone
 from tools.benchmarks.result import (
     GIB,
     Result,
     Row,
     Table,
-    build_parser,
     describe_environment,
     publish,
 )
 from tools.benchmarks.train_step import QUICK
 
-CONTENDERS: tuple[Contender, ...] = ("ours", "transformers")
 MOST_SEQUENCES = 32
 WARM_UP, STEPS = 5, 20
 
@@ -92,10 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = {name: BLOOM[name] for name in args.models}
     if args.quick:
         models = {name: shape.model for name, shape in QUICK.items()}
+    # The plain model shows what torch gives, which the CPU can tell as well.
+    contenders = [name for name in contenders_for("bf16", torch.device(device)) if name != "plain"]
     rows: list[Row] = []
     profiles: list[Row] = []
     for name, model in models.items():
-        for contender in CONTENDERS:
+        for contender in contenders:
             found: Measurement = run_alone(measure, contender, model, device=device)
             rows.append(row_of(name, contender, model, found, peak))
             profiles += profile_rows(name, contender, found)

@@ -20,17 +20,17 @@ from megatron.cli import run_tool
 from megatron.config import DTYPES
 from megatron.errors import RunError
 from megatron.launch import Launch
-from mpu import ParallelDims, ParallelGroups
+from mpu import ParallelDims
 from tools.benchmarks.communication import Communication
 from tools.benchmarks.contenders import Shape, build_engine, draw_tokens, engine_step
 from tools.benchmarks.measure import ROUNDS, Times, check_quiet, interleave, wall_seconds
-from tools.benchmarks.ranks import run_ranks
+from tools.benchmarks.program import build_parser
+from tools.benchmarks.ranks import build_alone, run_ranks
 from tools.benchmarks.result import (
     MIB,
     Result,
     Row,
     Table,
-    build_parser,
     describe_environment,
     publish,
 )
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = list(QUICK.values())
     rows = []
     for shape in shapes:
-        times, sent = run_ranks(TENSOR, time_layouts, shape, 2 if args.quick else ROUNDS)[0]
+        times, sent = run_ranks(
+            ParallelDims(tensor=TENSOR), time_layouts, shape, 2 if args.quick else ROUNDS
+        )[0]
         what = f"{shape.dtype} step on {TENSOR} ranks"
         check_quiet(what, times, allow_noise=args.noisy or args.quick)
         rows.append(row_of(shape, times, sent))
@@ -110,10 +112,9 @@ def _alone(launch: Launch, shape: Shape, tokens: Tensor, want: float) -> Callabl
     Raises:
         RunError: if it does not find the loss ``want``.
     """
-    group, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(TENSOR)])
+    groups = build_alone()
     if launch.rank > 0:
         return lambda: None
-    groups = ParallelGroups(ParallelDims(), group, group, group, group, group)
     step = engine_step(build_engine(shape, groups, launch.device))
     if abs(step(tokens) - want) > _TOLERANCE * want:
         raise RunError(f"{TENSOR} ranks find another loss than one process, {want}")
