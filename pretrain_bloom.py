@@ -2,6 +2,7 @@
 
 python pretrain_bloom.py --config run.yaml [--section.key value ...]
 torchrun --nproc_per_node 2 pretrain_bloom.py --config run.yaml --parallel.tensor 2
+python pretrain_bloom.py --config run.yaml --dry_run 80
 """
 
 import logging
@@ -9,10 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron.config import load_config
+from megatron.config import Config, load_config
 from megatron.errors import RunError, StoppedOnRequestError
 from megatron.launch import leave, read_environment
 from megatron.log import setup_logging
+from megatron.training.dry_run import dry_run
+from megatron.training.dry_run_report import DryRunRequest, dry_run_report, take_request
 from megatron.training.trainer import Trainer
 
 logger = logging.getLogger("megatron")
@@ -24,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     speaks_for_all = True
     try:
         speaks_for_all = read_environment().rank == 0
-        Trainer(load_config(sys.argv[1:] if argv is None else argv)).train()
+        request, options = take_request(sys.argv[1:] if argv is None else argv)
+        config = load_config(options)
+        if request is None:
+            Trainer(config).train()
+        elif speaks_for_all:
+            _count(config, request)
     except RunError as error:
         if speaks_for_all or not error.on_every_rank:
             asked_for = isinstance(error, StoppedOnRequestError)
@@ -32,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # An ordinary exit would wait for threads that wait for lost peers.
         leave(error.exit_code)
     sys.exit(0)
+
+
+def _count(config: Config, request: DryRunRequest) -> None:
+    found = dry_run(config)
+    sys.stdout.write(dry_run_report(found, request.memory))
+    if request.memory is not None:
+        found.check_fits(request.memory)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,12 @@ class NonFiniteError(RunError):
     exit_code = 6
 
 
+class ReplicaError(RunError):
+    """Ranks that must hold the same hold something else."""
+
+    exit_code = 7
+
+
 class PeerError(RunError):
     """Another rank was lost, or did not answer in time."""
 

@@ -82,6 +82,7 @@ OPTIONAL = (
     "sentencepiece",
     "tensorboard",
     "tokenizers",
+    "torchao",
     "transformers",
     "triton",
     "wandb",

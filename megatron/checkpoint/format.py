@@ -39,10 +39,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-import torch
 
 from megatron.errors import CheckpointError
-from mpu.sharding import Piece
+from mpu.sharding import HeldBox
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -70,16 +69,14 @@ class StateTensor:
         kind: "weight", "exp_avg" or "exp_avg_sq".
         name: logical name of the parameter.
         shape: shape of the whole tensor.
-        pieces: the boxes that this rank holds, none of them empty; there may be none.
-        tensor: this rank's local tensor, which may hold padding besides the pieces.
-        owned: whether this rank saves the pieces; of the ranks with equal ones, exactly one does.
+        boxes: what this rank holds, none of it empty; there may be none.
+        owned: whether this rank saves the boxes; of the ranks with equal ones, exactly one does.
     """
 
     kind: str
     name: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    tensor: torch.Tensor
+    boxes: tuple[HeldBox, ...]
     owned: bool
 
     @property
@@ -88,9 +85,10 @@ class StateTensor:
         return self.kind, self.name
 
     @property
-    def dtype(self) -> str:
-        """Name of the dtype, as in "float32"."""
-        return str(self.tensor.dtype).removeprefix("torch.")
+    def dtype(self) -> str | None:
+        """Name of the dtype, as in "float32"; None where nothing is held."""
+        names = [str(box.tensor.dtype).removeprefix("torch.") for box in self.boxes]
+        return names[0] if names else None
 
 
 @dataclass(frozen=True)

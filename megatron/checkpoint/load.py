@@ -33,7 +33,7 @@ from megatron.checkpoint.format import (
 from megatron.checkpoint.verify import find_damages
 from megatron.errors import CheckpointError
 from megatron.together import run_on_first, run_together
-from mpu.sharding import Piece
+from mpu.sharding import HeldBox
 
 # So many names are listed where tensors are missing or unexpected.
 NUM_NAMES = 5
@@ -118,13 +118,12 @@ class CheckpointReader:
         if stored is None:
             raise CheckpointError(f"{self.path}: holds no {kind} of {name!r}")
         tensor = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
-        zeros = (0,) * len(stored.shape)
-        whole = Piece(start=zeros, shape=stored.shape, local_start=zeros)
-        self._fill([StateTensor(kind, name, stored.shape, (whole,), tensor, owned=True)])
+        whole = HeldBox((0,) * len(stored.shape), tensor)
+        self._fill([StateTensor(kind, name, stored.shape, (whole,), owned=True)])
         return tensor
 
     def read_into(self, targets: Iterable[StateTensor]) -> None:
-        """Fill the pieces of every target, from whatever layout saved them; padding stays as it is.
+        """Fill the boxes of every target, from whatever layout saved them.
 
         Collective over the group that the save was opened with. The ranks' targets together must be
         exactly the tensors of the save, of equal shapes and dtypes.
@@ -156,7 +155,7 @@ class CheckpointReader:
             stored = self.tensors.get(target.key)
             if stored is None:
                 continue
-            same_dtype = target.dtype == stored.dtype or not exact
+            same_dtype = target.dtype in (stored.dtype, None) or not exact
             if target.shape != stored.shape or not same_dtype:
                 raise CheckpointError(
                     f"{self.path}: {target.kind} of {target.name} is {stored.dtype} of shape "
@@ -192,31 +191,23 @@ def _run_copies(path: Path, copies: Iterable[_Copy]) -> None:
 
 
 def _copies(box: Box, target: StateTensor) -> list[_Copy]:
-    """What to copy from ``box`` to the pieces of ``target``."""
-    local = target.tensor.detach()
+    """What to copy from ``box`` to the boxes of ``target``."""
     copies = []
-    for piece in target.pieces:
-        first = [max(a, b) for a, b in zip(box.start, piece.start, strict=True)]
+    for held in target.boxes:
+        first = [max(a, b) for a, b in zip(box.start, held.start, strict=True)]
         last = [
             min(a + n, b + m)
-            for a, n, b, m in zip(box.start, box.shape, piece.start, piece.shape, strict=True)
+            for a, n, b, m in zip(box.start, box.shape, held.start, held.tensor.shape, strict=True)
         ]
         if all(a < b for a, b in zip(first, last, strict=True)):
-            source = _slices(first, last, box.start)
-            into = _slices(first, last, piece.start, piece.local_start)
-            copies.append(_Copy(box.key, source, local[into]))
+            into = held.tensor.detach()[_slices(first, last, held.start)]
+            copies.append(_Copy(box.key, _slices(first, last, box.start), into))
     return copies
 
 
-def _slices(
-    first: Sequence[int],
-    last: Sequence[int],
-    origin: Sequence[int],
-    local: Sequence[int] | None = None,
-) -> Slices:
-    """The region from ``first`` to ``last``, seen from where ``origin`` lies at ``local``."""
-    shifts = [b - a for a, b in zip(origin, local or [0] * len(origin), strict=True)]
-    return tuple(slice(a + s, b + s) for a, b, s in zip(first, last, shifts, strict=True))
+def _slices(first: Sequence[int], last: Sequence[int], origin: Sequence[int]) -> Slices:
+    """The region from ``first`` to ``last``, seen from ``origin``."""
+    return tuple(slice(a - o, b - o) for a, b, o in zip(first, last, origin, strict=True))
 
 
 def _read_manifest(path: Path) -> Manifest:

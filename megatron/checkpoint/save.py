@@ -105,7 +105,7 @@ def save_checkpoint(
 
 
 def _num_bytes(owned: Sequence[StateTensor]) -> int:
-    return sum(state.tensor[piece.local_slices].nbytes for state in owned for piece in state.pieces)
+    return sum(box.tensor.nbytes for state in owned for box in state.boxes)
 
 
 def _total(files: Mapping[str, bytes]) -> int:
@@ -131,9 +131,9 @@ def _prepare(target: Path, needed: int) -> Path:
 
 
 def _write_part(temporary: Path, rank: int, owned: Sequence[StateTensor]) -> _Part:
-    """Write the pieces of ``owned`` as one file."""
+    """Write the boxes of ``owned`` as one file."""
     name = f"rank-{rank:05d}.safetensors"
-    stored = [_describe(state, name) for state in owned if state.pieces]
+    stored = [_describe(state, name) for state in owned if state.boxes]
     if not stored:
         return _Part(tensors=[], files={})
     path = temporary / name
@@ -144,17 +144,17 @@ def _write_part(temporary: Path, rank: int, owned: Sequence[StateTensor]) -> _Pa
 
 def _describe(state: StateTensor, file: str) -> StoredTensor:
     boxes = (
-        Box(file=file, key=_box_key(state, index), start=piece.start, shape=piece.shape)
-        for index, piece in enumerate(state.pieces)
+        Box(file=file, key=_box_key(state, index), start=box.start, shape=tuple(box.tensor.shape))
+        for index, box in enumerate(state.boxes)
     )
+    assert state.dtype is not None
     return StoredTensor(state.kind, state.name, state.shape, state.dtype, tuple(boxes))
 
 
 def _boxes(owned: Sequence[StateTensor]) -> Iterator[tuple[str, torch.Tensor]]:
     for state in owned:
-        for index, piece in enumerate(state.pieces):
-            box = state.tensor.detach()[piece.local_slices]
-            yield _box_key(state, index), box.contiguous()
+        for index, box in enumerate(state.boxes):
+            yield _box_key(state, index), box.tensor.detach().contiguous()
 
 
 def _box_key(state: StateTensor, index: int) -> str:

@@ -19,10 +19,17 @@ from megatron.config.model import (
     ModelConfig,
     PositionEmbedding,
 )
-from megatron.config.parallel import ParallelConfig
+from megatron.config.parallel import ParallelConfig, ScheduleName
 from megatron.config.root import Config, config_from_dict, config_to_dict, load_config
 from megatron.config.run import CheckpointConfig, LaunchConfig, LogConfig
-from megatron.config.training import DTYPES, OptimizerConfig, RampupConfig, Recompute, TrainConfig
+from megatron.config.training import (
+    DTYPES,
+    LossScaleConfig,
+    OptimizerConfig,
+    RampupConfig,
+    Recompute,
+    TrainConfig,
+)
 
 __all__ = [
     "Activation",
@@ -36,12 +43,14 @@ __all__ = [
     "DataConfig",
     "LaunchConfig",
     "LogConfig",
+    "LossScaleConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PositionEmbedding",
     "RampupConfig",
     "Recompute",
+    "ScheduleName",
     "TrainConfig",
     "config_from_dict",
     "config_to_dict",

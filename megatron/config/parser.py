@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -184,8 +184,8 @@ def _expected(hint: Any) -> str:
     """What a value of the type ``hint`` is, for people."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(parts)}"
-    if origin is UnionType:
+        return f"{'one of ' if len(parts) > 1 else ''}{', '.join(map(str, parts))}"
+    if origin in (UnionType, Union):
         return " or ".join(map(_expected, parts))
     if origin is tuple:
         return f"a list of {len(parts)} numbers"

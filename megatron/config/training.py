@@ -16,7 +16,12 @@ from megatron.config.rules import (
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,29 @@ class RampupConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossScaleConfig:
+    """What the loss is multiplied by under fp16, so that small gradients are not lost.
+
+    It doubles after ``window`` steps in a row without overflow, and halves at the ``hysteresis``-th
+    overflow since it has last doubled, and at each after that.
+    """
+
+    initial: float = 2.0**16
+    minimum: float = 1.0
+    """An overflow at this scale ends the run."""
+    window: int = 1000
+    hysteresis: int = 2
+
+    def __post_init__(self) -> None:
+        require_positive("train.loss_scale", **vars(self))
+        require(
+            self.minimum <= self.initial,
+            f"train.loss_scale.minimum ({self.minimum}) must not be above "
+            f"train.loss_scale.initial ({self.initial})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length, batches, precision and evaluation of the run."""
 
@@ -86,19 +114,24 @@ class TrainConfig:
     """Samples to train on in all; a last batch that would go beyond is left out."""
     global_batch_size: int
     """Samples in one step, over all ranks."""
-    micro_batch_size: int = 1
-    """Samples in one forward pass of one rank."""
+    micro_batch_size: int | Literal["auto"] = 1
+    """Samples in one forward pass of one rank; auto takes the fastest size that memory allows."""
     rampup: RampupConfig = field(default_factory=RampupConfig)
     seed: int = 1234
     """Of the weights, the order of the samples and dropout; below 2**32."""
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Precision of the computation; weights and gradients are kept in fp32 under bf16."""
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Precision of the computation; weights and gradients are kept in fp32 under bf16 and fp16."""
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    fp8: bool = False
+    """Multiply in 8-bit floating point in the layers' linear maps; needs bf16 and torchao."""
     recompute: Recompute = "none"
     """Activations to compute again in the backward pass: of attention (selective) or all (full)."""
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates never."""
     eval_samples: int = 0
     """Samples of one evaluation."""
+    replica_check_interval: int = 100
+    """Steps between comparisons of what ranks must hold alike; 0 compares before saves only."""
     stop_at_step: int | None = None
     """Save and leave after this step, before the run is complete."""
 
@@ -107,10 +140,13 @@ class TrainConfig:
             "train",
             samples=self.samples,
             global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.least_micro_batch_size,
         )
         require_not_negative(
-            "train", eval_interval=self.eval_interval, eval_samples=self.eval_samples
+            "train",
+            eval_interval=self.eval_interval,
+            eval_samples=self.eval_samples,
+            replica_check_interval=self.replica_check_interval,
         )
         require(
             self.eval_interval == 0 or self.eval_samples > 0,
@@ -120,6 +156,10 @@ class TrainConfig:
         require(
             0 <= self.seed < 2**32,
             f"train.seed must be at least 0 and below 2**32, got {self.seed}",
+        )
+        require(
+            not self.fp8 or self.dtype == "bf16",
+            f"train.fp8 needs train.dtype bf16, got {self.dtype}",
         )
         if self.stop_at_step is not None:
             require_positive("train", stop_at_step=self.stop_at_step)
@@ -148,6 +188,11 @@ class TrainConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def least_micro_batch_size(self) -> int:
+        """The micro-batch size, or the least that auto may come to."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     def batch_sizes(self) -> Iterator[int]:
         """Every global batch size of the run, in order."""

@@ -5,13 +5,11 @@ once, outside, and works with any engine.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from megatron.model.inputs import ModelInputs
-from mpu import ShardSpec
+from mpu import Axis, HeldBox
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class StepResult:
     Attributes:
         loss: mean over all tokens of the step, in nats.
         grad_norm: L2 norm of the gradient of that mean, before clipping.
-        skipped: the engine left the weights as they were, as a loss scaler does after an overflow.
+        skipped: the weights are as they were, because a gradient under fp16 overflowed.
     """
 
     loss: float
@@ -31,19 +29,43 @@ class StepResult:
 
 @dataclass(frozen=True)
 class NamedState:
-    """One tensor of the training state, independent of the engine that holds it.
+    """What this rank holds of one tensor of the training state, whichever engine holds it.
 
     Attributes:
         name: of the parameter that it belongs to.
         kind: "weight", "exp_avg" or "exp_avg_sq".
-        spec: how the parameter is cut over the tensor axis.
-        tensor: this rank's part. Writing to it changes the state.
+        shape: of the whole tensor.
+        boxes: what this rank holds of it; there may be none.
+        owned: this rank saves the boxes; of the ranks that hold equal ones, exactly one does.
+        copied_over: axes of the rank grid along which all ranks hold equal boxes; along embedding,
+            the same together with their data ranks.
     """
 
     name: str
     kind: str
-    spec: ShardSpec
-    tensor: Tensor
+    shape: tuple[int, ...]
+    boxes: tuple[HeldBox, ...]
+    owned: bool
+    copied_over: tuple[Axis, ...] = ()
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that this rank holds between steps.
+
+    Attributes:
+        weights: what the model computes with.
+        gradients: what the gradients of a step are added up in.
+        optimizer: moments, and main weights where they are kept apart.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
 
 
 class Engine(ABC):
@@ -55,7 +77,14 @@ class Engine(ABC):
 
         Raises:
             NonFiniteError: on every rank, before the update, if the loss or the gradient is
-                infinite or not a number.
+                infinite or not a number; under fp16 only where a lower loss scale cannot help.
+        """
+
+    @abstractmethod
+    def trial(self, microbatches: Iterable[ModelInputs]) -> None:
+        """Go forward and backward as a step does, without its update, to see what that takes.
+
+        Weights and optimizer state stay as they are, and no later step is changed by it.
         """
 
     @abstractmethod
@@ -67,5 +96,13 @@ class Engine(ABC):
         """Weights and optimizer state, in full precision."""
 
     @abstractmethod
-    def state_loaded(self, step: int) -> None:
-        """Take over the state that was written to ``named_state``, after ``step`` updates."""
+    def state_bytes(self) -> StateBytes:
+        """How much memory the state takes on this rank. Not collective."""
+
+    @abstractmethod
+    def scalars(self) -> dict[str, float]:
+        """The rest of the state, the same on all ranks: at least "updates", how many were made."""
+
+    @abstractmethod
+    def state_loaded(self, scalars: Mapping[str, float]) -> None:
+        """Take over the state that was written to ``named_state``, and ``scalars``."""

@@ -47,11 +47,20 @@ def flops_per_token(config: ModelConfig, attention: Literal["causal", "full"]) -
     Args:
         attention: whether the scores above the diagonal count, which a causal model masks.
     """
+    return 3 * (config.num_layers * layer_flops(config, attention) + head_flops(config))
+
+
+def layer_flops(config: ModelConfig, attention: Literal["causal", "full"] = "causal") -> float:
+    """Floating-point operations of one layer for one token, forward."""
     hidden, ffn = config.hidden_size, config.ffn_size
     weights = 4 * hidden**2 + (_mlp_inputs(config) + 1) * hidden * ffn
     keys = config.seq_length if attention == "full" else config.seq_length / 2
-    layer = 2 * weights + 4 * keys * hidden
-    return 3 * (config.num_layers * layer + 2 * hidden * config.vocab_size)
+    return 2 * weights + 4 * keys * hidden
+
+
+def head_flops(config: ModelConfig) -> float:
+    """Floating-point operations of the head for one token, forward."""
+    return 2 * config.hidden_size * config.vocab_size
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:

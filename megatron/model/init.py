@@ -21,7 +21,8 @@ from torch import nn
 from megatron.config import Backend, ModelConfig, Recompute
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
-from mpu import init_normal, set_shard_spec, shard_spec
+from megatron.model.stages import Stage
+from mpu import init_normal, replace_parameters
 
 _RESIDUAL_OUTPUTS = ("self_attention.dense.weight", "mlp.dense_4h_to_h.weight")
 
@@ -33,15 +34,17 @@ def build_model(
     device: torch.device,
     backend: Backend,
     recompute: Recompute = "none",
+    stage: Stage | None = None,
 ) -> BloomForPretraining:
-    """A model on ``device`` whose parameters are not initialised yet."""
+    """A model on ``device``, or a stage of it, whose parameters are not initialised yet."""
     with torch.device("meta"):
-        model = BloomForPretraining(config, placement, backend=backend, recompute=recompute)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            real = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
-            set_shard_spec(real, shard_spec(parameter))
-            module.register_parameter(name, real)
+        model = BloomForPretraining(
+            config, placement, stage=stage, backend=backend, recompute=recompute
+        )
+    if device.type != "meta":
+        replace_parameters(
+            model, lambda _, old: torch.empty(old.shape, dtype=old.dtype, device=device)
+        )
     return model
 
 
@@ -54,12 +57,20 @@ def init_parameters(
     seed: int,
 ) -> None:
     """Give named parameters, of a model or copies of them, their initial value."""
-    rank, size = placement.group.rank(), placement.group.size()
     for name, parameter in parameters:
-        if parameter.dim() == 1:
-            parameter.fill_(1 if name.endswith("layernorm.weight") else 0)
-            continue
-        std = config.initial_std
-        if name.endswith(_RESIDUAL_OUTPUTS):
-            std /= math.sqrt(2 * config.num_layers)
-        init_normal(parameter, seed=seed, name=name, std=std, rank=rank, size=size)
+        init_parameter(name, parameter, config, placement, seed=seed)
+
+
+@torch.no_grad()
+def init_parameter(
+    name: str, parameter: nn.Parameter, config: ModelConfig, placement: Placement, *, seed: int
+) -> None:
+    """Give the parameter called ``name`` its initial value."""
+    if parameter.dim() == 1:
+        parameter.fill_(1 if name.endswith("layernorm.weight") else 0)
+        return
+    std = config.initial_std
+    if name.endswith(_RESIDUAL_OUTPUTS):
+        std /= math.sqrt(2 * config.num_layers)
+    rank, size = placement.group.rank(), placement.group.size()
+    init_normal(parameter, seed=seed, name=name, std=std, rank=rank, size=size)

@@ -1,6 +1,13 @@
-"""The language model: embedding, transformer, pooler, and BLOOM's head with its loss."""
+"""The language model: embedding, transformer, pooler, and BLOOM's head with its loss.
+
+A model may be one stage of a pipeline, which holds some of the layers. The first has the embedding,
+and takes tokens where others take hidden states; the last has the head, and gives the loss where
+others give hidden states. With tied embeddings both hold the word embedding, under the same name;
+that of the last stage is marked as a copy.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +20,7 @@ from megatron.model.attention import AttentionBias
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement, build_layer_norm
 from megatron.model.rotary import RotaryTable
+from megatron.model.stages import Stage, whole_model
 from megatron.model.transformer import (
     DropoutSite,
     KeyValueCache,
@@ -27,6 +35,7 @@ from mpu import (
     dropout,
     gather_from_sequence,
     set_shard_spec,
+    shard_spec,
     vocab_parallel_linear_cross_entropy,
 )
 
@@ -43,12 +52,7 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig, placement: Placement) -> None:
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.word_embeddings = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            padding_multiple=config.vocab_padding_multiple,
-            **placement.layer_options,
-        )
+        self.word_embeddings = _build_word_table(config, placement)
         self.word_embeddings_layernorm: nn.Module | None = None
         if config.embedding_layernorm:
             self.word_embeddings_layernorm = build_layer_norm(config, placement)
@@ -76,6 +80,28 @@ class Embedding(nn.Module):
         return x if keys is None else dropout(x, self.dropout, keys)
 
 
+class TiedEmbedding(nn.Module):
+    """The copy of the word embedding that the head of the last stage uses."""
+
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        super().__init__()
+        self.word_embeddings = _build_word_table(config, placement)
+        _mark_tied(self.word_embeddings.weight, is_copy=True)
+
+
+def _mark_tied(weight: nn.Parameter, *, is_copy: bool) -> None:
+    set_shard_spec(weight, replace(shard_spec(weight), tied=True, tied_copy=is_copy))
+
+
+def _build_word_table(config: ModelConfig, placement: Placement) -> VocabParallelEmbedding:
+    return VocabParallelEmbedding(
+        config.vocab_size,
+        config.hidden_size,
+        padding_multiple=config.vocab_padding_multiple,
+        **placement.layer_options,
+    )
+
+
 def _replicated_table(rows: int, config: ModelConfig, placement: Placement) -> nn.Embedding:
     shape = (rows, config.hidden_size)
     # Given its weight, the table does not draw one.
@@ -98,29 +124,37 @@ class Pooler(nn.Module):
 
 
 class TransformerLanguageModel(nn.Module):
-    """From tokens to the hidden states after the final layer norm."""
+    """From tokens to the hidden states after the final layer norm, or a stage of that way."""
 
     def __init__(
         self,
         config: ModelConfig,
         placement: Placement,
         *,
+        stage: Stage,
         backend: Backend,
-        recompute: Recompute = "none",
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         self.config = config
         self.placement = placement
-        self.embedding = Embedding(config, placement)
+        self.embedding: Embedding | TiedEmbedding | None = None
+        if stage.first:
+            self.embedding = Embedding(config, placement)
+            if config.tie_embeddings and not stage.last:
+                _mark_tied(self.embedding.word_embeddings.weight, is_copy=False)
+        elif stage.last and config.tie_embeddings:
+            self.embedding = TiedEmbedding(config, placement)
         self.transformer = ParallelTransformer(
-            config, placement, backend=backend, recompute=recompute
+            config, placement, stage=stage, backend=backend, recompute=recompute
         )
-        self.pooler = Pooler(config, placement) if config.pooler else None
+        self.pooler = Pooler(config, placement) if config.pooler and stage.last else None
 
     def forward(
         self,
         tokens: Tensor,
         *,
+        hidden: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         token_types: Tensor | None = None,
@@ -131,6 +165,7 @@ class TransformerLanguageModel(nn.Module):
 
         Args:
             tokens: ids, ``(b, s)``.
+            hidden: what the stage before gave; None on the first stage.
             positions: of the tokens, ``(b, s)``; default: 0, 1, ... after what ``caches`` hold.
             documents: number of each token's document, ``(b, s)``; attention stays inside.
             token_types: type of each token, ``(b, s)``.
@@ -142,9 +177,11 @@ class TransformerLanguageModel(nn.Module):
             count = torch.arange(start, start + tokens.size(1), device=tokens.device)
             positions = count.unsqueeze(0)
         context = self._context(tokens, positions, documents, streams, start)
-        x = self.embedding(tokens, positions, token_types, context)
-        hidden: Tensor = self.transformer(x, context, caches)
-        return hidden
+        if isinstance(self.embedding, Embedding):
+            hidden = self.embedding(tokens, positions, token_types, context)
+        assert hidden is not None, "a stage without embedding needs hidden states"
+        out: Tensor = self.transformer(hidden, context, caches)
+        return out
 
     def pooled(self, hidden: Tensor) -> Tensor:
         """The pooled representation of the output of ``forward``, ``(b, h)``."""
@@ -186,40 +223,54 @@ class TransformerLanguageModel(nn.Module):
 
 
 class BloomForPretraining(nn.Module):
-    """The language model and its head."""
+    """The language model and its head, or a stage of them; default: the whole model."""
 
     def __init__(
         self,
         config: ModelConfig,
         placement: Placement,
         *,
+        stage: Stage | None = None,
         backend: Backend,
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
+        stage = whole_model(config) if stage is None else stage
         self.config = config
         self.placement = placement
+        self.stage = stage
         self.language_model = TransformerLanguageModel(
-            config, placement, backend=backend, recompute=recompute
+            config, placement, stage=stage, backend=backend, recompute=recompute
         )
         self.output_layer: VocabParallelEmbedding | None = None
-        if not config.tie_embeddings:
+        if stage.last and not config.tie_embeddings:
             # The rows of an output layer are stored and cut like those of an embedding.
-            self.output_layer = VocabParallelEmbedding(
-                config.vocab_size,
-                config.hidden_size,
-                padding_multiple=config.vocab_padding_multiple,
-                **placement.layer_options,
-            )
+            self.output_layer = _build_word_table(config, placement)
 
-    def forward(self, inputs: ModelInputs, streams: RngStreams | None = None) -> Tensor:
-        """Sum of the losses of the tokens, each times its ``loss_weights``; a scalar."""
+    def forward(
+        self,
+        inputs: ModelInputs,
+        streams: RngStreams | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the losses of the tokens, each times its ``loss_weights``; a scalar.
+
+        Args:
+            hidden: what the stage before gave, ``(b, s or s/t, h)``; None on the first stage.
+
+        Returns:
+            The loss; on a stage that is not the last, hidden states ``(b, s or s/t, h)``.
+        """
         hidden = self.language_model(
             inputs.tokens,
+            hidden=hidden,
             positions=inputs.positions,
             documents=inputs.documents,
             streams=streams,
         )
+        assert hidden is not None
+        if not self.stage.last:
+            return hidden
         return vocab_parallel_linear_cross_entropy(
             enter_head(hidden, self.placement),
             self.head_weight,
@@ -237,8 +288,18 @@ class BloomForPretraining(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """This rank's rows of the output layer, ``(vocab / t, h)``."""
-        layer = self.output_layer or self.language_model.embedding.word_embeddings
-        return layer.weight
+        if self.output_layer is not None:
+            return self.output_layer.weight
+        assert self.language_model.embedding is not None, "only the last stage has the head"
+        return self.language_model.embedding.word_embeddings.weight
+
+    def new_hidden(self, batch: int, seq: int) -> Tensor:
+        """Room for the hidden states that stages exchange, ``(b, s or s/t, h)``."""
+        placement = self.placement
+        part = seq // placement.group.size() if placement.sequence_parallel else seq
+        device = next(self.parameters()).device
+        shape = (batch, part, self.config.hidden_size)
+        return torch.empty(shape, dtype=placement.dtype, device=device)
 
     def new_caches(self, capacity: int) -> list[KeyValueCache]:
         """Empty caches for ``capacity`` tokens, one for each layer."""

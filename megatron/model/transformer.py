@@ -28,6 +28,7 @@ from megatron.model.attention import AttentionBias, AttentionDropout, attention
 from megatron.model.fusion import bias_dropout_add
 from megatron.model.placement import Placement, build_layer_norm
 from megatron.model.rotary import RotaryTable
+from megatron.model.stages import Stage
 from mpu import ColumnParallelLinear, RngStreams, RowParallelLinear
 
 
@@ -94,7 +95,7 @@ class ParallelMLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         halves = 2 if config.is_gated else 1
-        options = placement.layer_options
+        options = placement.linear_options
         self.dense_h_to_4h = ColumnParallelLinear(
             config.hidden_size,
             halves * config.ffn_size,
@@ -135,7 +136,7 @@ class ParallelAttention(nn.Module):
         first_head = placement.group.rank() * num_heads
         self.heads = range(first_head, first_head + num_heads)
         size = config.hidden_size
-        options = placement.layer_options
+        options = placement.linear_options
         self.query_key_value = ColumnParallelLinear(size, 3 * size, **options)
         self.dense = RowParallelLinear(size, size, skip_bias_add=True, **options)
 
@@ -216,38 +217,43 @@ class ParallelTransformerLayer(nn.Module):
 
 
 class ParallelTransformer(nn.Module):
-    """All layers and the final layer norm, ``(b, s or s/t, h)`` -> the same."""
+    """The layers of a stage, and in the last one the final norm, ``(b, s or s/t, h)`` -> the same.
+
+    Layers have the same names on whichever stage they are.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         placement: Placement,
         *,
+        stage: Stage,
         backend: Backend,
-        recompute: Recompute = "none",
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         self.recompute = recompute
-        self.layers = nn.ModuleList(
-            ParallelTransformerLayer(
-                config, placement, layer=layer, backend=backend, recompute=recompute
-            )
-            for layer in range(config.num_layers)
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): ParallelTransformerLayer(
+                    config, placement, layer=layer, backend=backend, recompute=recompute
+                )
+                for layer in stage.layers
+            }
         )
-        self.final_layernorm = build_layer_norm(config, placement)
+        self.final_layernorm = build_layer_norm(config, placement) if stage.last else None
 
     def forward(
         self, x: Tensor, context: LayerContext, caches: Sequence[KeyValueCache] | None = None
     ) -> Tensor:
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers.values()):
             if caches is not None:
                 x = layer(x, context, caches[index])
             elif self.recompute == "full" and torch.is_grad_enabled():
                 x = _recomputed(layer, x, context)
             else:
                 x = layer(x, context)
-        y: Tensor = self.final_layernorm(x)
-        return y
+        return x if self.final_layernorm is None else self.final_layernorm(x)
 
 
 def _recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:

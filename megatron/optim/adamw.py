@@ -8,20 +8,20 @@ from torch.optim import Optimizer
 
 from megatron.apex import fused_adam
 from megatron.config import OptimizerConfig
-from megatron.optim.main_parameters import MainParameters
+from megatron.optim.parameters import Parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The optimizer state of a parameter, besides its number of steps."""
 
 
-def build_adamw(parameters: MainParameters, config: OptimizerConfig) -> Optimizer:
+def build_adamw(parameters: Parameters, config: OptimizerConfig) -> Optimizer:
     """Decoupled weight decay (Loshchilov and Hutter 2019) on matrices, none on biases and norms.
 
     Raises:
         ConfigError: if apex is asked for and not there.
     """
-    decayed = [entry.main for entry in parameters if entry.main.dim() > 1]
-    others = [entry.main for entry in parameters if entry.main.dim() <= 1]
+    decayed, others = parameters.main()
+    # A rank may hold nothing of one kind, or nothing at all.
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     options: dict[str, Any] = {
         "lr": config.lr,
@@ -34,8 +34,8 @@ def build_adamw(parameters: MainParameters, config: OptimizerConfig) -> Optimize
         optimizer = fused_adam()(groups, **options)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    for entry in parameters:
-        optimizer.state[entry.main] = {name: torch.zeros_like(entry.main) for name in MOMENTS}
+    for main in (*decayed, *others):
+        optimizer.state[main] = {name: torch.zeros_like(main) for name in MOMENTS}
     set_step(optimizer, 0)
     return optimizer
 

@@ -39,12 +39,16 @@ class BatchReader:
             data = launch.groups.data
             self._loader = MicrobatchLoader(samples, data.rank(), data.size())
 
-    def read(self, consumed_samples: int, batch_size: int) -> Iterator[ModelInputs]:
+    def read(
+        self, consumed_samples: int, batch_size: int, micro_batch: int
+    ) -> Iterator[ModelInputs]:
         """This data rank's microbatches of the ``batch_size`` samples after ``consumed_samples``.
 
         Collective over the tensor group, each time the iterator advances.
+
+        Args:
+            micro_batch: samples in each.
         """
-        micro_batch = self._config.train.micro_batch_size
         data_size = self._launch.groups.dims.data
         batches: Iterator[dict[str, torch.Tensor] | None]
         if self._loader is not None:

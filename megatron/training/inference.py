@@ -106,8 +106,6 @@ def _weight_targets(model: BloomForPretraining) -> list[StateTensor]:
     targets = []
     for name, parameter in model.named_parameters():
         spec = shard_spec(parameter)
-        pieces = tuple(spec.pieces(group.rank(), group.size()))
-        targets.append(
-            StateTensor("weight", name, spec.shape, pieces, parameter.detach(), owned=False)
-        )
+        boxes = spec.boxes(parameter.detach(), group.rank(), group.size())
+        targets.append(StateTensor("weight", name, spec.shape, boxes, owned=False))
     return targets

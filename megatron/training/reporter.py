@@ -2,7 +2,6 @@
 
 import logging
 import math
-import resource
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron.engine.base import StepResult
 from megatron.launch import Launch
 from megatron.model.flops import count_parameters, flops_per_token, peak_flops
 from megatron.optim.schedule import batch_plan
+from megatron.training.memory import peak_bytes
 from megatron.training.metrics import (
     EvalMetrics,
     MetricsWriter,
@@ -51,12 +51,14 @@ class Reporter:
     def _announce(self) -> None:
         parameters = count_parameters(self._config.model)
         dims = self._launch.groups.dims
-        layout = {**vars(dims), "sequence": self._config.parallel.sequence}
+        parallel = self._config.parallel
+        layout = {**vars(dims), "sequence": parallel.sequence, "zero": parallel.zero}
         logger.info(
-            "%s parameters, %d ranks (tensor %d x data %d) on %s, %s, %d steps",
+            "%s parameters, %d ranks (tensor %d x pipeline %d x data %d) on %s, %s, %d steps",
             f"{parameters:,}",
             self._launch.world_size,
             dims.tensor,
+            dims.pipeline,
             dims.data,
             self._device,
             self._config.train.dtype,
@@ -93,7 +95,7 @@ class Reporter:
             tflops_per_device=flops / 1e12,
             mfu=None if self._peak_flops is None else flops / self._peak_flops,
             elapsed_seconds=time.perf_counter() - self._started,
-            peak_memory_bytes=_peak_memory(self._launch.device),
+            peak_memory_bytes=peak_bytes(self._launch.device),
         )
         self._writer.write_step(metrics)
         self._window.add(metrics)
@@ -127,10 +129,3 @@ class Reporter:
 
 def _device_name(device: torch.device) -> str:
     return "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -17,7 +17,6 @@ from megatron.errors import CheckpointError
 from megatron.launch import Launch
 from megatron.together import run_on_first
 from megatron.tokenizer import Tokenizer
-from megatron.training.attention_choice import AttentionChoice
 from megatron.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,11 @@ _MAY_DIFFER = (
 
 
 class RunCheckpoints:
-    """The saves of one run. All methods are collective."""
+    """The saves of one run. All methods are collective.
+
+    Args:
+        choices: what the run has chosen by itself and a save keeps, as names and JSON.
+    """
 
     def __init__(
         self,
@@ -45,13 +48,13 @@ class RunCheckpoints:
         launch: Launch,
         engine: Engine,
         tokenizer: Tokenizer | None,
-        choice: AttentionChoice,
+        choices: Mapping[str, Any],
     ) -> None:
         self._config = config
         self._launch = launch
         self._engine = engine
         self._tokenizer = tokenizer
-        self._choice = choice
+        self._choices = choices
         self._folder = config.folder / CHECKPOINTS
 
     def save(self, progress: Progress) -> None:
@@ -63,11 +66,12 @@ class RunCheckpoints:
         path = save_checkpoint(
             self._folder,
             progress.step,
-            list(state_tensors(self._engine, self._launch)),
+            list(state_tensors(self._engine)),
             state={
                 "step": progress.step,
                 "consumed_samples": progress.consumed_samples,
-                **self._choice.to_state(),
+                "engine": self._engine.scalars(),
+                **self._choices,
             },
             config=config_to_dict(self._config),
             layout=vars(self._launch.groups.dims),
@@ -87,9 +91,9 @@ class RunCheckpoints:
             logger.info("fresh start: no save in %s", self._folder)
             return Progress()
         _check_config(reader, config_to_dict(self._config))
-        reader.read_into(state_tensors(self._engine, self._launch))
+        reader.read_into(state_tensors(self._engine))
         progress = Progress(int(reader.state["step"]), int(reader.state["consumed_samples"]))
-        self._engine.state_loaded(progress.step)
+        self._engine.state_loaded(reader.state["engine"])
         logger.info("resumed from %s, saved at layout %s", reader.path, dict(reader.layout))
         return progress
 
@@ -122,20 +126,10 @@ def _find_newest(config: Config) -> Path | None:
     return latest
 
 
-def state_tensors(engine: Engine, launch: Launch) -> Iterator[StateTensor]:
-    """What this rank holds of the state: one rank of those with equal copies saves it."""
-    groups = launch.groups
-    rank, size = groups.tensor.rank(), groups.tensor.size()
+def state_tensors(engine: Engine) -> Iterator[StateTensor]:
+    """What this rank holds of the state."""
     for state in engine.named_state():
-        first = rank == 0 or state.spec.dim is not None
-        yield StateTensor(
-            kind=state.kind,
-            name=state.name,
-            shape=state.spec.shape,
-            pieces=tuple(state.spec.pieces(rank, size)),
-            tensor=state.tensor,
-            owned=first and groups.data.rank() == 0,
-        )
+        yield StateTensor(state.kind, state.name, state.shape, state.boxes, state.owned)
 
 
 def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:

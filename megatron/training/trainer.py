@@ -18,6 +18,8 @@ from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.attention_choice import choose_backend
 from megatron.training.batches import BatchReader
+from megatron.training.micro_batch import EngineTrial, choose_micro_batch
+from megatron.training.replicas import check_replicas
 from megatron.training.reporter import Reporter
 from megatron.training.saving import RunCheckpoints, open_newest
 from megatron.training.stopping import StopRequest
@@ -50,6 +52,7 @@ class _Run:
     def __init__(self, config: Config, launch: Launch) -> None:
         world = dist.group.WORLD
         self._config = config
+        self._groups = launch.groups
         self._stop = StopRequest()
         run_on_first(lambda: _write_config(config), world)
         tokenizer = run_everywhere(lambda: _load_tokenizer(config), world)
@@ -62,11 +65,20 @@ class _Run:
         )
         newest = open_newest(config)
         saved = {} if newest is None else newest.state
-        choice = choose_backend(config, launch.device, saved, group=world)
+        attention = choose_backend(config, launch.device, saved, group=world)
         self._engine: Engine = run_everywhere(
-            lambda: TorchEngine(config, launch.groups, launch.device, choice.backend), world
+            lambda: TorchEngine(config, launch.groups, launch.device, attention.backend), world
         )
-        self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer, choice)
+        micro_batch = choose_micro_batch(
+            config,
+            launch,
+            saved,
+            lambda: EngineTrial(config, launch, self._engine, self._train_data, group=world),
+            group=world,
+        )
+        self._micro_batch = micro_batch.size
+        choices = {**attention.to_state(), **micro_batch.to_state()}
+        self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer, choices)
         self._progress = self._checkpoints.resume(newest)
         self._saved_step = self._progress.step
         self._reporter = run_everywhere(lambda: Reporter(config, launch, self._progress), world)
@@ -81,6 +93,8 @@ class _Run:
                 self._evaluate()
             if _is_due(step, self._config.checkpoint.save_interval):
                 self._save()
+            elif _is_due(step, train.replica_check_interval):
+                check_replicas(self._engine, self._groups)
             if self._stop.agreed():
                 self._save()
                 raise StoppedOnRequestError(
@@ -106,7 +120,9 @@ class _Run:
     def _step(self) -> None:
         started = time.perf_counter()
         batch_size = self._batch_size()
-        microbatches = self._train_data.read(self._progress.consumed_samples, batch_size)
+        microbatches = self._train_data.read(
+            self._progress.consumed_samples, batch_size, self._micro_batch
+        )
         self._progress = self._progress.after(batch_size)
         lr = learning_rate(
             self._progress.consumed_samples, self._config.optimizer, self._config.train.samples
@@ -121,11 +137,14 @@ class _Run:
 
     def _evaluate(self) -> None:
         """The same samples each time, so that the losses of a run can be compared."""
-        loss = self._engine.evaluate(self._valid_data.read(0, self._config.train.eval_samples))
+        samples = self._config.train.eval_samples
+        loss = self._engine.evaluate(self._valid_data.read(0, samples, self._micro_batch))
         self._reporter.evaluation(self._progress, "valid", loss)
 
     def _save(self) -> None:
         if self._progress.step != self._saved_step:
+            # What is saved goes on for ever.
+            check_replicas(self._engine, self._groups)
             self._checkpoints.save(self._progress)
             self._saved_step = self._progress.step
 

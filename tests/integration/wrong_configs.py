@@ -20,6 +20,18 @@ SIZES = {
         parallel__tensor=4,
         parallel__sequence=True,
     ),
+    "hidden in fp8": changed(
+        "model.hidden_size (72)|train.fp8's 16 x parallel.tensor (16)|64 or 80",
+        model__hidden_size=72,
+        train__dtype="bf16",
+        train__fp8=True,
+    ),
+    "tokens in fp8": changed(
+        "train.micro_batch_size x model.seq_length (24)|block of train.fp8 (16)|16 or 32",
+        model__seq_length=12,
+        train__dtype="bf16",
+        train__fp8=True,
+    ),
     "no layers": changed("model.num_layers must be greater than 0|got 0", model__num_layers=0),
     "rotary with odd heads": changed(
         "model.position_embedding rotary|even head size|got 1",
@@ -59,6 +71,19 @@ SIZES = {
         train__rampup__start=1,
         train__rampup__increment=1,
         train__rampup__samples=9,
+    ),
+    "micro batch of nothing": changed(
+        "train.micro_batch_size must be greater than 0|got 0", train__micro_batch_size=0
+    ),
+    "neither number nor auto": changed(
+        "train.micro_batch_size must be a whole number or auto|got 'best'",
+        train__micro_batch_size="best",
+    ),
+    "batch on ranks with auto": changed(
+        "train.global_batch_size (5)|multiple of the data parallel size (2)|4 or 6",
+        world_size=2,
+        train__global_batch_size=5,
+        train__micro_batch_size="auto",
     ),
     "ramp-up half given": changed(
         "train.rampup.start|train.rampup.samples|or all 0|got 2, 0 and 0", train__rampup__start=2
@@ -110,6 +135,29 @@ VALUES = {
         model__attention_backend="flex",
         train__dtype="fp32",
         launch__device="cpu",
+    ),
+    "fp8 in fp32": changed(
+        "train.fp8 needs train.dtype bf16, got fp32", train__fp8=True, train__dtype="fp32"
+    ),
+    "fp8 in symmetric memory": changed(
+        "train.fp8 needs parallel.symmetric_memory false, got true",
+        train__fp8=True,
+        train__dtype="bf16",
+        parallel__tensor=2,
+        parallel__sequence=True,
+        parallel__symmetric_memory=True,
+    ),
+    "symmetric memory of whole sequences": changed(
+        "parallel.symmetric_memory needs parallel.sequence true|got false and 2",
+        parallel__tensor=2,
+        parallel__symmetric_memory=True,
+    ),
+    "symmetric memory on a CPU": changed(
+        "parallel.symmetric_memory needs GPUs|the device is cpu",
+        world_size=2,
+        parallel__tensor=2,
+        parallel__sequence=True,
+        parallel__symmetric_memory=True,
     ),
     "seed": changed("train.seed|below 2**32|got -1", train__seed=-1),
     "evaluation of nothing": changed(

@@ -4,16 +4,20 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron.checkpoint.format import MANIFEST, StateTensor
+from megatron.checkpoint.format import MANIFEST, StateTensor, TensorKey
 from megatron.checkpoint.save import save_checkpoint
 from mpu.sharding import ShardSpec
+from tests.shards import box
+
+LocalTensors: TypeAlias = dict[TensorKey, torch.Tensor]
+"""By kind and name, what one rank holds, with its padding."""
 
 # Not the value of any element.
 PADDING = -7.0
@@ -41,19 +45,32 @@ def whole(kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.rand(shape, generator=generator).to(DTYPES[kind])
 
 
-def local_state(rank: int, size: int, *, filled: bool) -> list[StateTensor]:
-    """What ``rank`` of ``size`` holds; with nothing but PADDING if not ``filled``."""
-    states = []
+def local_tensors(rank: int, size: int, *, filled: bool) -> LocalTensors:
+    """The tensors of ``rank`` of ``size``; with nothing but PADDING if not ``filled``."""
+    tensors = {}
     for kind, dtype in DTYPES.items():
         for name, spec in specs(size).items():
             local = torch.full(spec.local_shape(size), PADDING, dtype=dtype)
-            pieces = tuple(spec.pieces(rank, size))
-            for piece in pieces if filled else ():
-                box = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
-                local[piece.local_slices] = whole(kind, name, spec.shape)[box]
-            owned = spec.dim is not None or rank == 0
-            states.append(StateTensor(kind, name, spec.shape, pieces, local, owned))
+            for piece in spec.pieces(rank, size) if filled else ():
+                local[piece.local_slices] = whole(kind, name, spec.shape)[box(piece)]
+            tensors[kind, name] = local
+    return tensors
+
+
+def states_of(tensors: LocalTensors, rank: int, size: int) -> list[StateTensor]:
+    """What ``rank`` of ``size`` holds in its ``tensors``."""
+    states = []
+    for (kind, name), local in tensors.items():
+        spec = specs(size)[name]
+        owned = spec.dim is not None or rank == 0
+        boxes = spec.boxes(local, rank, size)
+        states.append(StateTensor(kind, name, spec.shape, boxes, owned))
     return states
+
+
+def local_state(rank: int, size: int, *, filled: bool) -> list[StateTensor]:
+    """What ``rank`` of ``size`` holds; nothing but PADDING if not ``filled``."""
+    return states_of(local_tensors(rank, size, filled=filled), rank, size)
 
 
 def world() -> ProcessGroup | None:

@@ -16,15 +16,19 @@ from megatron.checkpoint.folders import find_latest
 from megatron.checkpoint.format import MANIFEST, StateTensor, hash_file
 from megatron.checkpoint.load import open_checkpoint
 from megatron.errors import CheckpointError
+from mpu.sharding import HeldBox
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import (
     FILES,
     PADDING,
+    LocalTensors,
     edit_manifest,
     local_state,
+    local_tensors,
     read_fields,
     save,
     specs,
+    states_of,
     whole,
     world,
 )
@@ -47,7 +51,12 @@ def saved(saves: dict[int, Path], tmp_path: Path) -> Path:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same_bits(got: LocalTensors, want: LocalTensors) -> None:
+    assert got.keys() == want.keys()
+    assert [key for key in want if bits(got[key]) != bits(want[key])] == []
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -58,12 +67,13 @@ def test_every_layout_reads_every_save_bit_for_bit(saves: dict[int, Path], size:
 def check_reads_every_save(paths: Sequence[Path]) -> None:
     group = world()
     assert group is not None
-    want = local_state(group.rank(), group.size(), filled=True)
+    rank, size = group.rank(), group.size()
+    want = local_tensors(rank, size, filled=True)
     for path in paths:
-        got = local_state(group.rank(), group.size(), filled=False)
-        open_checkpoint(path, group=group).read_into(got)
+        got = local_tensors(rank, size, filled=False)
+        open_checkpoint(path, group=group).read_into(states_of(got, rank, size))
         # Padding included, which reading leaves as it was.
-        assert [bits(a.tensor) for a in got] == [bits(b.tensor) for b in want]
+        assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -94,35 +104,29 @@ def test_replicated_tensors_are_stored_once(saves: dict[int, Path]) -> None:
 
 
 def test_parameters_that_require_gradients_are_filled(saves: dict[int, Path]) -> None:
-    states = [
-        replace(state, tensor=torch.nn.Parameter(state.tensor))
-        for state in local_state(0, 1, filled=False)
-    ]
-    open_checkpoint(saves[2]).read_into(states)
-    want = local_state(0, 1, filled=True)
-    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(states, want, strict=True))
+    empty = local_tensors(0, 1, filled=False)
+    parameters: LocalTensors = {key: torch.nn.Parameter(empty[key]) for key in empty}
+    open_checkpoint(saves[2]).read_into(states_of(parameters, 0, 1))
+    assert_same_bits(parameters, local_tensors(0, 1, filled=True))
 
 
-def model_weights(rank: int, size: int, dtype: torch.dtype, *, filled: bool) -> list[StateTensor]:
+def local_weights(rank: int, size: int, dtype: torch.dtype, *, filled: bool) -> LocalTensors:
     """The weights of the sample state alone, as ``dtype``."""
-    return [
-        replace(state, tensor=state.tensor.to(dtype))
-        for state in local_state(rank, size, filled=filled)
-        if state.kind == "weight"
-    ]
+    tensors = local_tensors(rank, size, filled=filled)
+    return {key: tensor.to(dtype) for key, tensor in tensors.items() if key[0] == "weight"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_weights_alone_are_read_and_rounded(saves: dict[int, Path], dtype: torch.dtype) -> None:
     for path in saves.values():
-        got = model_weights(1, 2, dtype, filled=False)
-        open_checkpoint(path).read_weights_into(got)
-        want = model_weights(1, 2, dtype, filled=True)
-        assert [bits(a.tensor) for a in got] == [bits(b.tensor) for b in want]
+        got = local_weights(1, 2, dtype, filled=False)
+        open_checkpoint(path).read_weights_into(states_of(got, 1, 2))
+        assert_same_bits(got, local_weights(1, 2, dtype, filled=True))
 
 
 def test_weights_of_another_model_are_refused(saves: dict[int, Path]) -> None:
-    first, *others = model_weights(0, 1, torch.float32, filled=False)
+    weights = local_weights(0, 1, torch.float32, filled=False)
+    first, *others = states_of(weights, 0, 1)
     reader = open_checkpoint(saves[2])
     with pytest.raises(CheckpointError, match="Missing in the model: weight of column$"):
         reader.read_weights_into(others)
@@ -130,7 +134,7 @@ def test_weights_of_another_model_are_refused(saves: dict[int, Path]) -> None:
         reader.read_weights_into([replace(first, name="new"), *others])
     with pytest.raises(CheckpointError, match=r"but the model's is float32 of shape \(9, 6\)"):
         reader.read_weights_into([replace(first, shape=(9, 6)), *others])
-    assert all((state.tensor == PADDING).all() for state in others)
+    assert all((weight == PADDING).all() for weight in weights.values())
 
 
 def read_as(path: Path, targets: list[StateTensor]) -> str:
@@ -163,7 +167,8 @@ def test_tensor_of_another_shape_is_refused(saves: dict[int, Path]) -> None:
 
 def test_tensor_of_another_dtype_is_refused(saves: dict[int, Path]) -> None:
     first, *others = local_state(0, 1, filled=False)
-    message = read_as(saves[1], [replace(first, tensor=first.tensor.double()), *others])
+    boxes = tuple(HeldBox(box.start, box.tensor.double()) for box in first.boxes)
+    message = read_as(saves[1], [replace(first, boxes=boxes), *others])
     assert "weight of column is float32 of shape (8, 6), but the model's is float64" in message
 
 

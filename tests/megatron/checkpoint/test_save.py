@@ -19,6 +19,7 @@ from megatron.checkpoint.format import StateTensor
 from megatron.checkpoint.load import open_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.errors import CheckpointError, DiskError, PeerError, RunError
+from mpu.sharding import HeldBox
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import FILES, local_state, names, save, world
 
@@ -257,8 +258,8 @@ def test_saved_tensors_may_be_views_of_one_buffer(tmp_path: Path) -> None:
     buffer = torch.arange(96.0)
     column, row = local_state(0, 1, filled=True)[:2]
     states = [
-        replace(column, tensor=buffer[:48].view(8, 6)),
-        replace(row, tensor=buffer[48:].view(8, 6).t()),
+        replace(column, boxes=(HeldBox((0, 0), buffer[:48].view(8, 6)),)),
+        replace(row, boxes=(HeldBox((0, 0), buffer[48:].view(8, 6).t()),)),
     ]
     reader = open_checkpoint(save_states(tmp_path, states))
     assert torch.equal(reader.read("weight", "column"), buffer[:48].view(8, 6))

@@ -4,7 +4,7 @@ The messages that a user sees are in tests/integration/wrong_configs.py.
 """
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,40 @@ def test_every_batch_of_a_ramp_up_must_be_shared_evenly() -> None:
     assert config.layout(1) == ParallelDims()
     with pytest.raises(ConfigError, match=r"every batch of train.rampup \(2\) .* such as 4"):
         config.layout(2)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "train", "parallel", "want"),
+    [
+        (1, {}, {}, [1, 2, 4, 8, 24]),
+        (2, {}, {}, [1, 2, 4, 12]),
+        (2, {}, {"tensor": 2}, [1, 2, 4, 8, 24]),
+        (24, {}, {}, [1]),
+        (1, {"eval_samples": 18}, {}, [1, 2, 6]),
+        (1, {"rampup": RampupConfig(start=12, increment=6, samples=9)}, {}, [1, 2, 6]),
+        (2, {}, {"pipeline": 2}, [1, 2, 4, 8, 12]),
+        (
+            2,
+            {"global_batch_size": 12},
+            {"pipeline": 2, "schedule": "interleaved_1f1b", "chunks": 2},
+            [1, 2, 6],
+        ),
+    ],
+)
+def test_auto_may_choose_what_the_batches_take(
+    world_size: int, train: dict[str, Any], parallel: dict[str, Any], want: list[int]
+) -> None:
+    config = make_config(**{"global_batch_size": 24, "micro_batch_size": "auto", **train})
+    config = replace(config, model=make_model(num_layers=4), parallel=ParallelConfig(**parallel))
+    config.layout(world_size)
+    assert config.micro_batch_sizes(world_size) == want
+
+
+def test_auto_is_refused_where_no_size_fits() -> None:
+    auto = make_config(global_batch_size=6, micro_batch_size="auto")
+    assert auto.layout(3) == ParallelDims(data=3)
+    with pytest.raises(ConfigError, match=r"\(6\) .* multiple of the data parallel size \(4"):
+        auto.layout(4)
 
 
 def test_errors_of_a_config_are_those_of_every_rank() -> None:

@@ -29,6 +29,7 @@ class Outer:
     shares: tuple[float, float] = (1, 2)
     weights: dict[str, float] = field(default_factory=dict)
     limit: int | None = None
+    speed: int | Literal["auto"] = 1
     inner: Inner = field(default_factory=Inner)
 
     def __post_init__(self) -> None:
@@ -88,6 +89,7 @@ def test_null_is_a_value_of_an_optional_option(tmp_path: Path) -> None:
         (("--shares", "[1]"), "shares must be a list of 2 numbers, got '[1]'"),
         (("--weights.a", "x"), "weights must be a mapping of names to numbers, got 'x'"),
         (("--limit", "none"), "limit must be a whole number or null, got 'none'"),
+        (("--speed", "fast"), "speed must be a whole number or auto, got 'fast'"),
         (("--inner.sizes", "1"), "inner.sizes is not an option; did you mean inner.size?"),
         (("--siez", "1"), "siez is not an option; did you mean inner.size?"),
         (("--iner.size", "1"), "iner.size is not an option; did you mean inner.size?"),
@@ -97,6 +99,11 @@ def test_null_is_a_value_of_an_optional_option(tmp_path: Path) -> None:
 )
 def test_message_names_option_value_and_rule(argv: tuple[str, ...], expected: str) -> None:
     assert message(*argv) == expected
+
+
+@pytest.mark.parametrize(("given", "want"), [("3", 3), ("auto", "auto")])
+def test_a_number_or_a_word_is_read(given: str, want: int | str) -> None:
+    assert parse("--folder", "here", "--speed", given).speed == want
 
 
 def test_names_are_not_completed() -> None:

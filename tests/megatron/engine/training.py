@@ -1,11 +1,12 @@
 """Train a small model by an engine at some layout and bring home what it reported and holds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron.config import (
     Config,
@@ -13,19 +14,20 @@ from megatron.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    Recompute,
+    ScheduleName,
     TrainConfig,
 )
 from megatron.data.sampler import microbatch_samples
-from megatron.engine.base import StepResult
+from megatron.engine.base import NamedState, StepResult
 from megatron.engine.torch_engine import TorchEngine
 from megatron.model.inputs import ModelInputs, build_inputs
 from megatron.optim.schedule import learning_rate
-from mpu import ParallelDims, ParallelGroups, ShardSpec, build_groups
+from mpu import HeldBox, ParallelGroups, build_groups
 from tests.distributed import run_ranks
-from tests.shards import join
 
-VOCAB, SEQ, NUM_HEADS, EOD = 101, 16, 4, 5
-GLOBAL_BATCH = 4
+VOCAB, SEQ, NUM_LAYERS, NUM_HEADS, EOD = 101, 16, 4, 4, 5
+GLOBAL_BATCH = 8
 CPU = torch.device("cpu")
 
 
@@ -34,18 +36,35 @@ class Layout:
     """How training is spread over ranks, and how many samples go in one microbatch."""
 
     tensor: int = 1
+    pipeline: int = 1
     data: int = 1
+    zero: Literal[0, 1, 2, 3] = 0
     sequence: bool = False
     micro_batch: int = 1
+    schedule: ScheduleName = "1f1b"
+    chunks: int = 1
+    tied: bool = True
+    recompute: Recompute = "none"
+    num_layers: int = NUM_LAYERS
 
     def __str__(self) -> str:
-        words = f"tensor {self.tensor}{' sequence' if self.sequence else ''}, data {self.data}"
-        return f"{words}, accumulation {GLOBAL_BATCH // self.data // self.micro_batch}"
+        words = [f"tensor {self.tensor}{' sequence' if self.sequence else ''}"]
+        if self.pipeline > 1:
+            words.append(f"pipeline {self.pipeline} {self.schedule}")
+        words.append(f"data {self.data}{f' zero {self.zero}' if self.zero else ''}")
+        words += [] if self.tied else ["untied"]
+        words += [] if self.recompute == "none" else [f"recompute {self.recompute}"]
+        words.append(f"accumulation {GLOBAL_BATCH // self.data // self.micro_batch}")
+        return ", ".join(words)
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
 
 
 def make_config(
     layout: Layout,
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp64",
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp64",
     layernorm: Literal["torch", "apex"] = "torch",
     optimizer: Literal["adamw", "apex_adamw"] = "adamw",
 ) -> Config:
@@ -53,7 +72,7 @@ def make_config(
     return Config(
         folder=Path("run"),
         model=ModelConfig(
-            num_layers=2,
+            num_layers=layout.num_layers,
             hidden_size=16,
             num_heads=NUM_HEADS,
             vocab_size=VOCAB,
@@ -62,42 +81,56 @@ def make_config(
             hidden_dropout=0.1,
             attention_dropout=0.1,
             layernorm=layernorm,
+            tie_embeddings=layout.tied,
         ),
         train=TrainConfig(
-            samples=100,
+            samples=25 * GLOBAL_BATCH,
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=layout.micro_batch,
             dtype=dtype,
+            recompute=layout.recompute,
         ),
         # Says that there is a tokenizer; the engine never reads it.
         data=DataConfig(tokenizer=Path("tokenizer"), eod_mask_loss=True),
-        parallel=ParallelConfig(tensor=layout.tensor, data=layout.data, sequence=layout.sequence),
+        parallel=ParallelConfig(
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            data=layout.data,
+            sequence=layout.sequence,
+            zero=layout.zero,
+            schedule=layout.schedule,
+            chunks=layout.chunks,
+        ),
         optimizer=OptimizerConfig(
-            name=optimizer, lr=1e-2, warmup_samples=20, max_grad_norm=0.5, weight_decay=0.1
+            name=optimizer,
+            lr=1e-2,
+            warmup_samples=20,
+            max_grad_norm=0.5,
+            weight_decay=0.1,
+            # Adam divides the rounding of a gradient that happens to be almost zero by this.
+            eps=1e-6,
         ),
     )
 
 
 def build_engine(config: Config) -> tuple[TorchEngine, ParallelGroups]:
     """The engine of this rank."""
-    data = config.parallel.data or 1
-    groups = build_groups(ParallelDims(tensor=config.parallel.tensor, data=data))
+    groups = build_groups(config.layout(dist.get_world_size()))
     return TorchEngine(config, groups, CPU, "blocked"), groups
 
 
 def microbatches(config: Config, step: int, groups: ParallelGroups) -> list[ModelInputs]:
     """What this rank reads in ``step``."""
-    data = groups.data
-    parts = microbatch_samples(
-        step * GLOBAL_BATCH, GLOBAL_BATCH, config.train.micro_batch_size, data.rank(), data.size()
-    )
+    data, size = groups.data, config.train.least_micro_batch_size
+    parts = microbatch_samples(step * GLOBAL_BATCH, GLOBAL_BATCH, size, data.rank(), data.size())
     return [_inputs(config, part) for part in parts]
 
 
 def _inputs(config: Config, samples: range) -> ModelInputs:
     tokens = torch.stack([_sample(number) for number in samples])
     numbers = torch.tensor(list(samples))
-    return build_inputs(tokens, numbers, config.data, EOD, config.train.torch_dtype)
+    dtype = torch.promote_types(config.train.torch_dtype, torch.float32)
+    return build_inputs(tokens, numbers, config.data, EOD, dtype)
 
 
 def _sample(number: int) -> torch.Tensor:
@@ -127,32 +160,46 @@ class Run:
     state: dict[str, torch.Tensor]
 
 
-_LocalState = dict[str, tuple[torch.Tensor, ShardSpec]]
-
-
 def run_training(layout: Layout, num_steps: int) -> Run:
     """Train in float64; fails if ranks report or hold different things."""
-    ranks = run_ranks(layout.tensor * layout.data, _train_rank, layout, num_steps)
+    ranks = run_ranks(layout.world_size, _train_rank, layout, num_steps)
     assert all(rank[:2] == ranks[0][:2] for rank in ranks), "ranks report different numbers"
-    results, evaluation, local = ranks[0]
-    for name, (tensor, spec) in local.items():
-        others = range(0, len(ranks), layout.tensor if spec.dim is not None else 1)
-        copies = [ranks[rank][2][name][0] for rank in others]
-        assert all(torch.equal(copy, tensor) for copy in copies), f"replicas of {name} differ"
-    parts = ranks[: layout.tensor]
-    state = {
-        name: join([part[2][name][0] for part in parts], spec) for name, (_, spec) in local.items()
-    }
-    return Run(results, evaluation, state)
+    results, evaluation, _ = ranks[0]
+    return Run(results, evaluation, join_states([state for *_, state in ranks]))
 
 
-def _train_rank(layout: Layout, num_steps: int) -> tuple[list[StepResult], float, _LocalState]:
+def join_states(ranks: Sequence[Sequence[NamedState]]) -> dict[str, torch.Tensor]:
+    """The whole state of what the ranks hold of it, by kind and name.
+
+    Fails if the owned boxes do not make it up exactly once, or another rank holds something else.
+    """
+    states = [state for rank in ranks for state in rank]
+    whole: dict[str, torch.Tensor] = {}
+    for state in (state for state in states if state.owned):
+        for box in state.boxes:
+            empty = box.tensor.new_full(state.shape, torch.nan)
+            part = whole.setdefault(f"{state.kind} of {state.name}", empty)[_region(box)]
+            assert part.isnan().all(), f"{state.kind} of {state.name} is owned twice"
+            part.copy_(box.tensor)
+    for name, tensor in whole.items():
+        assert not tensor.isnan().any(), f"a part of {name} is owned by no rank"
+    for state in states:
+        for box in state.boxes:
+            name = f"{state.kind} of {state.name}"
+            assert torch.equal(whole[name][_region(box)], box.tensor), f"replicas of {name} differ"
+    return whole
+
+
+def _region(box: HeldBox) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(box.start, box.tensor.shape, strict=True))
+
+
+def _train_rank(layout: Layout, num_steps: int) -> tuple[list[StepResult], float, list[NamedState]]:
     config = make_config(layout)
     engine, groups = build_engine(config)
     results = list(train(engine, config, groups, range(num_steps)))
     evaluation = engine.evaluate(microbatches(config, num_steps, groups))
-    state = {f"{s.kind} of {s.name}": (s.tensor, s.spec) for s in engine.named_state()}
-    return results, evaluation, state
+    return results, evaluation, engine.named_state()
 
 
 def spoiled(inputs: ModelInputs) -> ModelInputs:

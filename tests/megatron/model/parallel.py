@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from megatron.config import Backend, DataConfig, ModelConfig, Recompute
-from megatron.model.init import build_model, init_parameters
+from megatron.model.init import build_model, init_parameter
 from megatron.model.inputs import ModelInputs, build_inputs
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
-from megatron.optim.main_parameters import MainParameters
-from mpu import ParallelDims, RngStreams, ShardSpec, build_groups
+from megatron.optim.flat_parameters import FlatParameters
+from mpu import ParallelDims, RngStreams, ShardSpec, build_groups, shard_spec
 from tests.distributed import run_ranks
 from tests.shards import join
 
@@ -91,23 +91,25 @@ def _run_rank(job: Job, layout: Layout) -> _RankOutcome:
     model = build_model(
         job.model,
         placement,
-        device=torch.device("cpu"),
+        device=torch.device("meta"),
         backend=job.backend,
         recompute=job.recompute,
     )
-    parameters = MainParameters(model)
-    init_parameters(parameters.named(), job.model, placement, seed=1)
+    parameters = FlatParameters([model], groups, torch.device("cpu"))
+    parameters.initialise(
+        lambda name, parameter: init_parameter(name, parameter, job.model, placement, seed=1)
+    )
     loss = _objective(model, _inputs(job))
     loss.backward()
-    parameters.reduce_gradients(groups.data, groups.tensor)
-    grad_norm = parameters.gradient_norm(groups.tensor)
-    entries = list(parameters)
+    parameters.reduce_gradients()
+    grad_norm = parameters.gradient_norm()
+    named = dict(model.named_parameters())
     return _RankOutcome(
         loss=loss.item(),
         grad_norm=grad_norm.item(),
-        specs={entry.name: entry.spec for entry in entries},
-        weights={entry.name: entry.main.detach() for entry in entries},
-        gradients={entry.name: e for entry in entries if (e := entry.main.grad) is not None},
+        specs={name: shard_spec(parameter) for name, parameter in named.items()},
+        weights={name: parameter.detach().clone() for name, parameter in named.items()},
+        gradients={name: g.clone() for name, p in named.items() if (g := p.grad) is not None},
     )
 
 

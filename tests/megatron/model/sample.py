@@ -23,7 +23,7 @@ from megatron.model.init import build_model, init_parameters
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
 from megatron.tokenizer import load_tokenizer
-from mpu import shard_spec
+from mpu import HeldBox, shard_spec
 from tests.shards import cut
 
 SMALL = ModelConfig(
@@ -91,10 +91,12 @@ def save_model(folder: Path, config: ModelConfig = SMALL, tokenizer: Path | None
     tensors = []
     for name, parameter in small_model(group, config, dtype=torch.float32).named_parameters():
         spec = shard_spec(parameter)
-        pieces = tuple(spec.pieces(rank, size))
+        boxes = spec.boxes(parameter.detach(), rank, size)
         owned = spec.dim is not None or rank == 0
-        tensors.append(StateTensor("weight", name, spec.shape, pieces, parameter.detach(), owned))
-    tensors.append(replace(tensors[0], kind="exp_avg", tensor=tensors[0].tensor.clone()))
+        tensors.append(StateTensor("weight", name, spec.shape, boxes, owned))
+    first = tensors[0]
+    moments = tuple(HeldBox(box.start, box.tensor.clone()) for box in first.boxes)
+    tensors.append(replace(first, kind="exp_avg", boxes=moments))
     files = {} if tokenizer is None else load_tokenizer(tokenizer).files()
     return save_checkpoint(
         folder / "checkpoints",

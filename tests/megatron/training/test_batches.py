@@ -24,7 +24,7 @@ def read(prefix: Path, tensor: int, data: int, absent: int | None = None) -> lis
     path = prefix if launch.rank != absent else prefix.with_name("missing")
     config = make_config(prefix.parent, data={"paths": {str(path): 1.0}})
     reader = BatchReader(config, launch, "train", 32, eod_id=None)
-    return [inputs.tokens.tolist() for inputs in reader.read(4, 8)]
+    return [inputs.tokens.tolist() for inputs in reader.read(4, 8, micro_batch=2)]
 
 
 def expected(prefix: Path) -> list[list[int]]:

@@ -44,7 +44,8 @@ def test_start_tells_layout_and_size(tmp_path: Path, launch: Launch) -> None:
     first = report(tmp_path, launch)[0]
     config = make_config(tmp_path)
     assert first["event"] == "start"
-    assert first["layout"] == {"tensor": 1, "data": 1, "pipeline": 1, "sequence": False}
+    sizes = {"tensor": 1, "data": 1, "pipeline": 1}
+    assert first["layout"] == {**sizes, "sequence": False, "zero": 0}
     assert first["parameters"] == count_parameters(config.model)
     assert first["config"]["model"]["hidden_size"] == 16
 

@@ -1,0 +1,160 @@
+"""The parameters of a stage on one rank, counted from the config without building a model.
+
+They come in units, as ZeRO 2 and 3 gather them: one for each layer, and one for the rest of the
+stage. Of a layer, with hidden size h, MLP width f (twice that if gated) and t tensor ranks:
+
+    query_key_value   (3h/t, h)  (3h/t)        dense            (h, h/t)  (h)
+    dense_h_to_4h     (f/t, h)   (f/t)         dense_4h_to_h    (h, f/t)  (h)
+    two layer norms   4 x (h)
+
+ZeRO 0 and 1 keep all parameters of a rank in one flat buffer, each at a round address, ordered so
+that those whose gradients the tensor ranks sum up are neighbours.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import TypeAlias
+
+import torch
+
+from megatron.config import Config, ModelConfig, ParallelConfig
+from megatron.model.stages import Stage, build_stages
+
+_ALIGNMENT = 64
+"""Elements between the places that parameters of a flat buffer begin at."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Parameters of one shape, which are treated alike.
+
+    Attributes:
+        shape: of each on one rank.
+        sum_gradient: the tensor ranks sum up their gradients.
+        tied: first and last stage sum up their gradients.
+        used: the loss depends on them.
+    """
+
+    shape: tuple[int, ...]
+    count: int = 1
+    sum_gradient: bool = False
+    tied: bool = False
+    used: bool = True
+
+    @property
+    def size(self) -> int:
+        """Elements of each."""
+        return prod(self.shape)
+
+    def rows(self, parts: int) -> int:
+        """Elements of each that the first of ``parts`` ranks holds, if they are cut into rows."""
+        return -(-self.shape[0] // parts) * prod(self.shape[1:])
+
+
+Unit: TypeAlias = tuple[Alike, ...]
+
+
+@dataclass(frozen=True)
+class FlatBuffer:
+    """Elements of a flat buffer, before what is filled up at its end.
+
+    Attributes:
+        summed: length of the stretch whose gradients the tensor ranks sum up.
+        tied: length of the word embedding that another stage has too.
+    """
+
+    length: int
+    summed: int
+    tied: int
+
+    def shard(self, parts: int) -> int:
+        """Length of each of ``parts`` equal shards."""
+        return round_up(self.length, parts * _ALIGNMENT) // parts
+
+
+def layer_unit(config: Config) -> Unit:
+    """The parameters of a transformer layer."""
+    model, t = config.model, config.parallel.tensor
+    h, f = model.hidden_size, model.ffn_size
+    up = (2 if model.is_gated else 1) * f // t
+    return (
+        Alike((3 * h // t, h)),
+        Alike((3 * h // t,)),
+        Alike((h, h // t)),
+        Alike((up, h)),
+        Alike((up,)),
+        Alike((h, f // t)),
+        Alike((h,), count=6, sum_gradient=config.parallel.sequence),
+    )
+
+
+def rest_unit(config: Config, stage: Stage) -> Unit:
+    """What a stage has besides its layers; it may be nothing."""
+    model, summed = config.model, config.parallel.sequence
+    h = model.hidden_size
+    found: list[Alike] = []
+    tied = model.tie_embeddings and stage.first != stage.last
+    tables = int(stage.first) + int(stage.last and (tied or not model.tie_embeddings))
+    if tables > 0:
+        found.append(Alike((vocab_rows(config), h), tables, tied=tied))
+    if stage.first:
+        if model.embedding_layernorm:
+            found.append(Alike((h,), 2, summed))
+        if model.position_embedding == "learned":
+            found.append(Alike((model.seq_length, h), 1, summed))
+        if model.num_token_types > 0:
+            found.append(Alike((model.num_token_types, h), 1, summed, used=False))
+    if stage.last:
+        found.append(Alike((h,), 2, summed))
+        if model.pooler:
+            found += [Alike((h, h), used=False), Alike((h,), used=False)]
+    return tuple(found)
+
+
+def vocab_rows(config: Config) -> int:
+    """Rows of a vocabulary on one tensor rank, padding included."""
+    rows = -(-config.model.vocab_size // config.parallel.tensor)
+    return round_up(rows, config.model.vocab_padding_multiple)
+
+
+def stages_of(config: Config, pipeline_rank: int) -> list[Stage]:
+    """The stages of a rank of the pipeline."""
+    return _all_stages(config.model, config.parallel)[pipeline_rank :: config.parallel.pipeline]
+
+
+@cache
+def _all_stages(model: ModelConfig, parallel: ParallelConfig) -> list[Stage]:
+    return build_stages(model, parallel)
+
+
+def units_of(config: Config, stages: Iterable[Stage]) -> list[Unit]:
+    """The units of ``stages``."""
+    layer = layer_unit(config)
+    units: list[Unit] = []
+    for stage in stages:
+        units += [layer] * len(stage.layers) + [rest_unit(config, stage)]
+    return units
+
+
+def flat_buffer(units: Iterable[Unit]) -> FlatBuffer:
+    """The buffer that the parameters of ``units`` lie in."""
+    alike = [one for unit in units for one in unit]
+    length = sum(one.count * round_up(one.size, _ALIGNMENT) for one in alike)
+    summed = [one for one in alike if one.sum_gradient]
+    stretch = sum(one.count * round_up(one.size, _ALIGNMENT) for one in summed)
+    if summed:
+        # The stretch ends with the last vector, not where the next parameter begins.
+        last = min(one.size for one in summed)
+        stretch -= round_up(last, _ALIGNMENT) - last
+    return FlatBuffer(length, stretch, sum(one.count * one.size for one in alike if one.tied))
+
+
+def main_dtype(config: Config) -> torch.dtype:
+    """Of gradients and optimizer state."""
+    return torch.promote_types(config.train.torch_dtype, torch.float32)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
