@@ -5,12 +5,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mpu import Piece, ShardSpec
+from mpu import HeldBox, Piece, ShardSpec
 
 
 def box(piece: Piece) -> tuple[slice, ...]:
     """What to index the whole tensor with."""
     return tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
+
+
+def region(held: HeldBox) -> tuple[slice, ...]:
+    """What to index the whole tensor with."""
+    return tuple(slice(a, a + n) for a, n in zip(held.start, held.tensor.shape, strict=True))
 
 
 def cut(whole: Tensor, spec: ShardSpec, rank: int, size: int) -> Tensor:

@@ -43,6 +43,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "megatron.model",
         "megatron.optim",
     },
+    "megatron.planning": {
+        "mpu",
+        "megatron.config",
+        "megatron.engine.schedules",
+        "megatron.errors",
+        "megatron.model",
+    },
     "megatron.checkpoint": {"mpu.sharding", "megatron.errors", "megatron.together"},
     "megatron.checkpoint.huggingface": {
         "mpu.sharding",

@@ -6,7 +6,8 @@ the collective library, and stands beside:
     matrix products    0.85 of the peak on A100, 0.80 on H100 and H200: what large products of
                        16-bit numbers were measured to reach
     memory             0.80: what kernels that read and write reach
-    links              0.75: what NCCL's rings reach of NVLink; networks of many nodes reach less
+    links              0.75: what NCCL's rings reach of NVLink
+    network            0.5: a judgement; from one network of many nodes to the next it differs
 """
 
 from collections.abc import Mapping

@@ -25,14 +25,14 @@ Not counted is the batch, which travels between CPUs. That these are all collect
 tested, by counting those of live runs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from megatron.config import Config
 from megatron.engine.schedules import Pass, Task, plan_training
 from megatron.model.stages import Stage
-from megatron.planning.parameters import Unit, flat_buffer, main_dtype, stages_of, units_of
+from megatron.planning.parameters import Alike, flat_buffer, main_dtype, parameters_of, stages_of
 from mpu import ParallelDims
 
 TrafficAxis: TypeAlias = Literal["tensor", "pipeline", "data", "embedding", "model"]
@@ -151,11 +151,11 @@ def rank_traffic(
         tensor += stage_traffic(config, stage) * count
     transfers = sum((not stage.last) + (not stage.first) for stage in stages) * count
     scalars = Traffic(reduced=_SCALARS)
-    once = _once_a_step(config, dims, units_of(config, stages))
+    once = _once_a_step(config, dims, parameters_of(config, stages))
     found: dict[TrafficAxis, Traffic] = {
         "tensor": tensor + once["tensor"],
         "pipeline": Traffic(sent=transfers * transfer_bytes(config)) + scalars,
-        "data": once["data"] + _unit_traffic(config, dims, pipeline_rank) + scalars,
+        "data": once["data"] + _gathering_traffic(config, dims, pipeline_rank) + scalars,
         "embedding": once["embedding"],
         "model": Traffic(reduced=_NORM),
     }
@@ -194,21 +194,19 @@ def _exchange(config: Config, hidden: int) -> Traffic:
 
 
 def _once_a_step(
-    config: Config, dims: ParallelDims, units: list[Unit]
+    config: Config, dims: ParallelDims, parameters: list[Alike]
 ) -> dict[Literal["tensor", "data", "embedding"], Traffic]:
     """The sums of gradients after the last microbatch, and what follows the update."""
     itemsize, zero = main_dtype(config).itemsize, config.parallel.zero
     if zero >= 2:
-        summed, tied = (
-            itemsize * _rows(units, dims.data, which)
-            for which in (lambda one: one.sum_gradient, lambda one: one.tied)
-        )
+        summed = [one for one in parameters if one.sum_gradient]
+        tied = [one for one in parameters if one.tied]
         return {
-            "tensor": Traffic(reduced=summed),
+            "tensor": Traffic(reduced=itemsize * _rows(summed, dims.data)),
             "data": Traffic(reduced=_NORM),
-            "embedding": Traffic(reduced=tied),
+            "embedding": Traffic(reduced=itemsize * _rows(tied, dims.data)),
         }
-    buffer = flat_buffer(units)
+    buffer = flat_buffer(parameters)
     shards = dims.data if zero == 1 else 1
     whole = buffer.shard(shards) * shards
     data = Traffic(reduced=whole * itemsize)
@@ -222,12 +220,12 @@ def _once_a_step(
     }
 
 
-def _rows(units: Iterable[Unit], parts: int, which: Callable[..., bool]) -> int:
-    """Elements on the first of ``parts`` ranks of the parameters that ``which`` holds for."""
-    return sum(one.count * one.rows(parts) for unit in units for one in unit if which(one))
+def _rows(parameters: Iterable[Alike], parts: int) -> int:
+    """Elements of ``parameters`` on the first of ``parts`` ranks."""
+    return sum(one.count * one.rows(parts) for one in parameters)
 
 
-def _unit_traffic(config: Config, dims: ParallelDims, pipeline_rank: int) -> Traffic:
+def _gathering_traffic(config: Config, dims: ParallelDims, pipeline_rank: int) -> Traffic:
     """Gathered weights and scattered gradients of the microbatches of a step."""
     parallel = config.parallel
     if parallel.zero < 2:
@@ -240,9 +238,9 @@ def _unit_traffic(config: Config, dims: ParallelDims, pipeline_rank: int) -> Tra
         own = [task for task in tasks if task.stage == pipeline_rank + index * dims.pipeline]
         backwards = sum(task.kind is Pass.BACKWARD for task in own)
         gathers = len(own) if parallel.zero == 3 else _gathers(own)
-        units = units_of(config, [stage])
-        weights = dims.data * _rows(units, dims.data, lambda _: True)
-        gradients = dims.data * _rows(units, dims.data, lambda one: one.used)
+        parameters = parameters_of(config, [stage])
+        weights = dims.data * _rows(parameters, dims.data)
+        gradients = dims.data * _rows([one for one in parameters if one.used], dims.data)
         total += Traffic(
             gathered=gathers * weights * config.train.torch_dtype.itemsize,
             scattered=backwards * gradients * main_dtype(config).itemsize,

@@ -16,7 +16,7 @@ from megatron.config import Config
 from megatron.planning.activations import backend_of
 from megatron.planning.cluster import Cluster
 from megatron.planning.kernels import product_seconds, stream_seconds
-from megatron.planning.parameters import layer_unit, vocab_rows
+from megatron.planning.parameters import layer_parameters, vocab_rows
 
 _ITEMSIZE = 2
 
@@ -130,9 +130,7 @@ def _weight_product(config: Config, cluster: Cluster, inputs: int, outputs: int)
     return product_seconds(cluster, outputs, inputs, _tokens(config))
 
 
-def _exposed(
-    config: Config, cluster: Cluster, exchange: float, beside: list[float]
-) -> float:
+def _exposed(config: Config, cluster: Cluster, exchange: float, beside: list[float]) -> float:
     """What of a backward pass's collectives does not fit beside the weight gradients.
 
     With sequence parallelism, the half of each pair that gathers is waited for.
@@ -159,7 +157,7 @@ def _streamed(config: Config) -> float:
 
 def _accumulated(config: Config) -> float:
     """Bytes read and written to add a gradient of the weights to that of the step."""
-    numbers = sum(one.count * one.size for one in layer_unit(config))
+    numbers = sum(one.count * one.size for one in layer_parameters(config))
     return numbers * (_ITEMSIZE + 8)
 
 
@@ -169,15 +167,16 @@ def _attention(config: Config, cluster: Cluster) -> tuple[float, float]:
     heads = config.train.least_micro_batch_size * model.num_heads // config.parallel.tensor
     backend = backend_of(model)
     if backend in ("explicit", "blocked"):
-        share = 1.0 if backend == "explicit" else 0.5
+        # Blocks leave out the half that is masked, and keep the others in float32.
+        share, itemsize = (1.0, _ITEMSIZE) if backend == "explicit" else (0.5, 4)
         products = share * (
             product_seconds(cluster, seq, seq, model.head_size, batch=heads)
             + product_seconds(cluster, seq, model.head_size, seq, batch=heads)
         )
-        dropped = 2 * _ITEMSIZE + 1 if model.attention_dropout > 0 else 0
+        dropped = 2 * itemsize + 1 if model.attention_dropout > 0 else 0
         scores = share * heads * seq * seq
-        forward = stream_seconds(cluster, scores * (4 * _ITEMSIZE + dropped))
-        backward = stream_seconds(cluster, scores * (7 * _ITEMSIZE + dropped))
+        forward = stream_seconds(cluster, scores * (4 * itemsize + dropped))
+        backward = stream_seconds(cluster, scores * (7 * itemsize + dropped))
         return products + forward, 2 * products + backward
     operations = heads * seq * seq * model.head_size
     rate = cluster.peak_flops * cluster.kernel_efficiency * _FLASH_EFFICIENCY

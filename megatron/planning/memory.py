@@ -24,11 +24,13 @@ from megatron.planning.activations import (
 )
 from megatron.planning.communication import num_microbatches
 from megatron.planning.parameters import (
+    Alike,
+    edge_parameters,
     flat_buffer,
-    layer_unit,
+    layer_parameters,
     main_dtype,
+    parameters_of,
     stages_of,
-    units_of,
     vocab_rows,
 )
 from mpu import ParallelDims
@@ -97,13 +99,13 @@ def passes_under_way(config: Config, dims: ParallelDims, pipeline_rank: int) -> 
 
 def state_bytes(config: Config, dims: ParallelDims, pipeline_rank: int) -> tuple[int, int, int]:
     """Weights, gradients and optimizer, as ``Memory`` has them."""
-    units = units_of(config, stages_of(config, pipeline_rank))
+    parameters = parameters_of(config, stages_of(config, pipeline_rank))
     own, main = config.train.torch_dtype.itemsize, main_dtype(config).itemsize
     if config.parallel.zero >= 2:
-        part = main * sum(one.count * one.rows(dims.data) for unit in units for one in unit)
+        part = main * sum(one.count * one.rows(dims.data) for one in parameters)
         return part, part, _MOMENTS * part
     shards = dims.data if config.parallel.zero == 1 else 1
-    shard = flat_buffer(units).shard(shards)
+    shard = flat_buffer(parameters).shard(shards)
     # In full precision the weights are the main parameters.
     kept_apart = 1 if own < main else 0
     return shard * shards * own, shard * shards * main, (_MOMENTS + kept_apart) * shard * main
@@ -141,11 +143,15 @@ def _gathered(config: Config, stages: list[Stage]) -> int:
     if config.parallel.zero < 2:
         return 0
     own, main = config.train.torch_dtype.itemsize, main_dtype(config).itemsize
-    layer = sum(one.count * one.size for one in layer_unit(config))
+    layer = _size(layer_parameters(config))
     most = 0
     for stage in stages:
-        rest = sum(one.count * one.size for one in units_of(config, [stage])[-1])
+        rest = _size(edge_parameters(config, stage))
         layers = len(stage.layers) if config.parallel.zero == 2 else min(2, len(stage.layers))
         gradients = (rest + layer) * own + max(rest, layer) * main
         most = max(most, (rest + layers * layer) * own + gradients)
     return most
+
+
+def _size(parameters: list[Alike]) -> int:
+    return sum(one.count * one.size for one in parameters)

@@ -1,7 +1,6 @@
 """The parameters of a stage on one rank, counted from the config without building a model.
 
-They come in units, as ZeRO 2 and 3 gather them: one for each layer, and one for the rest of the
-stage. Of a layer, with hidden size h, MLP width f (twice that if gated) and t tensor ranks:
+Of a layer, with hidden size h, MLP width f (twice that on the way in, if gated) and t tensor ranks:
 
     query_key_value   (3h/t, h)  (3h/t)        dense            (h, h/t)  (h)
     dense_h_to_4h     (f/t, h)   (f/t)         dense_4h_to_h    (h, f/t)  (h)
@@ -11,11 +10,10 @@ ZeRO 0 and 1 keep all parameters of a rank in one flat buffer, each at a round a
 that those whose gradients the tensor ranks sum up are neighbours.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import TypeAlias
 
 import torch
 
@@ -53,9 +51,6 @@ class Alike:
         return -(-self.shape[0] // parts) * prod(self.shape[1:])
 
 
-Unit: TypeAlias = tuple[Alike, ...]
-
-
 @dataclass(frozen=True)
 class FlatBuffer:
     """Elements of a flat buffer, before what is filled up at its end.
@@ -74,24 +69,18 @@ class FlatBuffer:
         return round_up(self.length, parts * _ALIGNMENT) // parts
 
 
-def layer_unit(config: Config) -> Unit:
-    """The parameters of a transformer layer."""
+def layer_parameters(config: Config, layers: int = 1) -> list[Alike]:
+    """The parameters of as many transformer layers."""
     model, t = config.model, config.parallel.tensor
     h, f = model.hidden_size, model.ffn_size
     up = (2 if model.is_gated else 1) * f // t
-    return (
-        Alike((3 * h // t, h)),
-        Alike((3 * h // t,)),
-        Alike((h, h // t)),
-        Alike((up, h)),
-        Alike((up,)),
-        Alike((h, f // t)),
-        Alike((h,), count=6, sum_gradient=config.parallel.sequence),
-    )
+    shapes = [(3 * h // t, h), (3 * h // t,), (h, h // t), (up, h), (up,), (h, f // t)]
+    vectors = Alike((h,), 6 * layers, sum_gradient=config.parallel.sequence)
+    return [*(Alike(shape, layers) for shape in shapes), vectors]
 
 
-def rest_unit(config: Config, stage: Stage) -> Unit:
-    """What a stage has besides its layers; it may be nothing."""
+def edge_parameters(config: Config, stage: Stage) -> list[Alike]:
+    """What a stage has besides its layers: nothing between the first and the last."""
     model, summed = config.model, config.parallel.sequence
     h = model.hidden_size
     found: list[Alike] = []
@@ -110,7 +99,7 @@ def rest_unit(config: Config, stage: Stage) -> Unit:
         found.append(Alike((h,), 2, summed))
         if model.pooler:
             found += [Alike((h, h), used=False), Alike((h,), used=False)]
-    return tuple(found)
+    return found
 
 
 def vocab_rows(config: Config) -> int:
@@ -129,26 +118,24 @@ def _all_stages(model: ModelConfig, parallel: ParallelConfig) -> list[Stage]:
     return build_stages(model, parallel)
 
 
-def units_of(config: Config, stages: Iterable[Stage]) -> list[Unit]:
-    """The units of ``stages``."""
-    layer = layer_unit(config)
-    units: list[Unit] = []
+def parameters_of(config: Config, stages: Iterable[Stage]) -> list[Alike]:
+    """All parameters of ``stages``."""
+    found: list[Alike] = []
     for stage in stages:
-        units += [layer] * len(stage.layers) + [rest_unit(config, stage)]
-    return units
+        found += layer_parameters(config, len(stage.layers)) + edge_parameters(config, stage)
+    return found
 
 
-def flat_buffer(units: Iterable[Unit]) -> FlatBuffer:
-    """The buffer that the parameters of ``units`` lie in."""
-    alike = [one for unit in units for one in unit]
-    length = sum(one.count * round_up(one.size, _ALIGNMENT) for one in alike)
-    summed = [one for one in alike if one.sum_gradient]
+def flat_buffer(parameters: Sequence[Alike]) -> FlatBuffer:
+    """The buffer that ``parameters`` lie in."""
+    length = sum(one.count * round_up(one.size, _ALIGNMENT) for one in parameters)
+    summed = [one for one in parameters if one.sum_gradient]
     stretch = sum(one.count * round_up(one.size, _ALIGNMENT) for one in summed)
     if summed:
         # The stretch ends with the last vector, not where the next parameter begins.
         last = min(one.size for one in summed)
         stretch -= round_up(last, _ALIGNMENT) - last
-    return FlatBuffer(length, stretch, sum(one.count * one.size for one in alike if one.tied))
+    return FlatBuffer(length, stretch, sum(one.count * one.size for one in parameters if one.tied))
 
 
 def main_dtype(config: Config) -> torch.dtype:

@@ -98,23 +98,26 @@ def _pipeline_seconds(
     count, chunks = num_microbatches(config, dims), config.parallel.chunks
     if dims.pipeline == 1:
         return count * slowest
-    links = cluster.bandwidth(dims.tensor * dims.data, dims.pipeline)
-    transfer = transfer_bytes(config) / links
-    put_off = 1.0 if config.parallel.schedule == "zero_bubble" else 0.0
-    way = sum(rank.total - put_off * rank.weights for rank in ranks)
-    way += 2 * (dims.pipeline * chunks - 1) * transfer
-    period = max(slowest, way * chunks / passes_under_way(config, dims, 0))
-    others = sum(rank.total - 2 * put_off * rank.weights for rank in ranks)
-    others -= max(rank.total - 2 * put_off * rank.weights for rank in ranks)
-    fill = others / chunks + 2 * (dims.pipeline - 1) * transfer
+    transfer = transfer_bytes(config) / _pipeline_bandwidth(dims, cluster)
+    # Weight gradients that are put off are not on the way of a microbatch, and fill as much of
+    # what a rank would wait.
+    put_off = config.parallel.schedule == "zero_bubble"
+    ways = [rank.total - put_off * rank.weights for rank in ranks]
+    waits = [way - put_off * rank.weights for way, rank in zip(ways, ranks, strict=True)]
+    round_trip = sum(ways) + 2 * (dims.pipeline * chunks - 1) * transfer
+    period = max(slowest, round_trip * chunks / passes_under_way(config, dims, 0))
+    fill = (sum(waits) - max(waits)) / chunks + 2 * (dims.pipeline - 1) * transfer
     return (count - 1) * period + slowest + fill
 
 
 def _reduction_seconds(config: Config, dims: ParallelDims, cluster: Cluster) -> float:
     wire = on_wire_per_step(config, dims)
-    model = dims.tensor * dims.data
     seconds = wire["data"] / cluster.bandwidth(dims.tensor, dims.data)
-    return seconds + wire["embedding"] / cluster.bandwidth(model, dims.pipeline)
+    return seconds + wire["embedding"] / _pipeline_bandwidth(dims, cluster)
+
+
+def _pipeline_bandwidth(dims: ParallelDims, cluster: Cluster) -> float:
+    return cluster.bandwidth(dims.tensor * dims.data, dims.pipeline)
 
 
 def _update_seconds(config: Config, dims: ParallelDims, cluster: Cluster) -> float:

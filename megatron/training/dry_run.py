@@ -36,7 +36,7 @@ from megatron.model.stages import Stage
 from megatron.planning.communication import num_microbatches
 from megatron.training.attention_choice import candidates
 from megatron.training.live_bytes import LiveBytes
-from megatron.training.pass_bytes import META, measure_passes, most_held
+from megatron.training.pass_bytes import META, PassBytes, measure_passes, most_held
 from mpu import ParallelDims, ParallelGroups, build_groups, shard_spec
 
 GIB = 2**30
@@ -114,32 +114,52 @@ def dry_run(config: Config) -> DryRun:
     dims = config.layout(parallel.tensor * parallel.pipeline * (parallel.data or 1))
     microbatches = num_microbatches(config, dims)
     plan = plan_training(parallel.schedule, parallel.pipeline, parallel.chunks, microbatches)
-    ranks = (_count_rank(config, dims, plan, place) for place in range(dims.pipeline))
-    return DryRun(config, dims, microbatches, plan, tuple(ranks))
+    counter = _Counter(config, dims, plan)
+    ranks = tuple(counter.count(place) for place in range(dims.pipeline))
+    return DryRun(config, dims, microbatches, plan, ranks)
 
 
-def _count_rank(config: Config, dims: ParallelDims, plan: Plan, place: int) -> RankCount:
-    config = _without_devices(config)
-    # FSDP computes with real tensors only. What passes need is the same under each zero stage, but
-    # for the weights that it gathers.
-    whole = replace(config, parallel=replace(config.parallel, zero=min(config.parallel.zero, 1)))
-    with absent_peers(dims, place) as groups:
-        state = _build_engine(config, groups).state_bytes()
-        engine = _build_engine(whole, groups)
-        passes = {
-            place + index * dims.pipeline: measure_passes(config, model)
-            for index, model in enumerate(engine.models)
-        }
-        update = _update_bytes(engine)
-    held, most = most_held(plan.tasks(place), passes)
-    most += _received_bytes(config, engine.models) + _gathered_bytes(config, engine.models)
-    return RankCount(
-        stages=tuple(model.stage for model in engine.models),
-        parameters=_count_parameters(engine.models),
-        state=state,
-        activations=held,
-        working=max(most, update) - held,
-    )
+class _Counter:
+    """Counts rank after rank; what stages that are alike need is measured once."""
+
+    def __init__(self, config: Config, dims: ParallelDims, plan: Plan) -> None:
+        self._config = _without_devices(config)
+        self._dims = dims
+        self._plan = plan
+        self._measured: dict[tuple[int, bool, bool], PassBytes] = {}
+
+    def count(self, place: int) -> RankCount:
+        """What the first rank at a place of the pipeline holds."""
+        config = self._config
+        with absent_peers(self._dims, place) as groups:
+            engine = _build_engine(config, groups)
+            state = engine.state_bytes()
+            if config.parallel.zero >= 2:
+                # FSDP computes with real tensors only. But for the weights that it gathers, what
+                # passes need is the same without it.
+                parallel = replace(config.parallel, zero=0)
+                engine = _build_engine(replace(config, parallel=parallel), groups)
+            passes = {
+                place + index * self._dims.pipeline: self._passes(model)
+                for index, model in enumerate(engine.models)
+            }
+            update = _update_bytes(engine)
+        held, most = most_held(self._plan.tasks(place), passes)
+        most += _received_bytes(config, engine.models) + _gathered_bytes(config, engine.models)
+        return RankCount(
+            stages=tuple(model.stage for model in engine.models),
+            parameters=_count_parameters(engine.models),
+            state=state,
+            activations=held,
+            working=max(most, update) - held,
+        )
+
+    def _passes(self, model: BloomForPretraining) -> PassBytes:
+        stage = model.stage
+        key = (len(stage.layers), stage.first, stage.last)
+        if key not in self._measured:
+            self._measured[key] = measure_passes(self._config, model)
+        return self._measured[key]
 
 
 def _without_devices(config: Config) -> Config:

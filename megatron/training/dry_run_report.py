@@ -103,7 +103,7 @@ def _facts(found: DryRun) -> Iterator[tuple[str, str]]:
     )
     sent = sent_per_step(config, dims)
     texts = [f"{axis} {size:,}" for axis, size in sent.items() if size > 0]
-    yield "sent", f"{', '.join(texts) or 'no'} bytes in a step, by the busiest rank of each axis"
+    yield "sent", f"{', '.join(texts) or 'no'} bytes a step, by the busiest rank of each axis"
 
 
 def _steps(config: Config) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,13 @@
 """What the passes of a training step need besides the state, counted on the meta device.
 
 One microbatch goes forward and backward through each stage of a rank, on the model that the engine
-built. The plan of the pipeline then says how many microbatches a rank holds at once:
+built. Then the plan of the pipeline is gone through, task by task:
 
-    bytes |        ______
-          |   ____|  F2  |_____     a forward pass needs more than it keeps, as long as it runs,
-          |__|  F1       |  B1 |__  a backward pass more than what it finds
+    pass                 while it runs, needs            and then changes what is held by
+    forward              forward                         + kept
+    backward             backward, less what was kept    - kept
+    gradients of inputs  the same                        - kept + deferred
+    gradients of weights weight, less what was deferred  - deferred
 
 On a GPU the element-wise chains are compiled, and need somewhat less.
 """
@@ -54,19 +56,21 @@ class PassBytes:
 def measure_passes(config: Config, model: BloomForPretraining) -> PassBytes:
     """Send a microbatch through a stage whose parameters are on the meta device."""
     inputs = meta_microbatch(config)
+    given = (value for value in vars(inputs).values() if value is not None)
     streams = RngStreams(config.train.seed, inputs.samples)
     gradients = (main_grad(parameter) for parameter in model.parameters())
-    state = [*model.parameters(), *(buffer for buffer in gradients if buffer is not None)]
-    with KernelsOnMeta(), LiveBytes(besides=state) as live:
+    buffers = (buffer for buffer in gradients if buffer is not None)
+    with KernelsOnMeta(), LiveBytes(besides=[*model.parameters(), *buffers, *given]) as live:
         hidden = None
         if not model.stage.first:
             hidden = model.new_hidden(*inputs.tokens.shape).requires_grad_()
         output = model(inputs, streams, hidden)
+        forward = live.take_peak()
         edge = get_gradient_edge(output)
         gradient = None if model.stage.last else torch.empty_like(output)
-        received = 0 if gradient is None else gradient.nbytes
         del output
-        kept, forward = live.now - received, live.take_peak() - received
+        kept = live.now - (0 if gradient is None else gradient.nbytes)
+        live.take_peak()
         products = model.placement.products
         if not isinstance(products, DeferringProducts):
             torch.autograd.backward(edge, gradient)

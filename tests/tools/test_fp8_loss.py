@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tools.benchmarks import fp8_loss
-from tools.benchmarks.fp8_loss import FULL, HELD_OUT, VARIANTS, Curve, microbatch, read_samples
+from tools.benchmarks.curves import read_samples
+from tools.benchmarks.fp8_loss import FULL, HELD_OUT, VARIANTS
 from tools.benchmarks.result import read_result
 
 pytest.importorskip("torchao", reason="torchao, of the extra fp8, is not installed")
@@ -28,19 +28,6 @@ def test_three_runs_are_compared_and_drawn(tmp_path: Path) -> None:
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_points_are_means_of_equal_intervals() -> None:
-    curve = Curve((1.0, 3.0, 5.0, 7.0, 9.0), held_out=0.0)
-    assert curve.means(2) == [2, 6, 9]
-
-
 def test_no_run_trains_on_what_is_held_out() -> None:
     samples = read_samples(FULL.model.seq_length)
     assert FULL.steps * FULL.batch <= len(samples) - HELD_OUT
-
-
-def test_each_byte_predicts_the_next() -> None:
-    samples = read_samples(16)
-    batch = microbatch(samples, range(3, 5))
-    assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
-    assert torch.equal(batch.targets[:, -1], samples[3:5, -1])
-    assert batch.samples.tolist() == [3, 4]

@@ -111,6 +111,7 @@ def draw(above: Axes, below: Axes, curves: Mapping[str, Sequence[float]], size: 
         above.plot(size.points, points, linestyle=style, label=name)
         below.plot(size.points, distances, linestyle=style)
     above.set_ylabel("loss (nats a byte)")
+    above.legend()
     below.set_ylabel(f"minus that of {first}")
     below.set_xlabel("step")
 

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves there, as PNG")
     args = parser.parse_args(argv)
     size = QUICK if args.quick else FULL
-    runs = {dtype: run_all(size, dtype) for dtype in get_args(Precision)}
+    runs = run_all(size)
     tables = [table for dtype, found in runs.items() for table in tables_of(dtype, found, size)]
     publish(Result("precision", describe_environment("cpu"), tables), args.json)
     if args.figure is not None:
@@ -107,18 +107,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_all(size: Size, dtype: Precision) -> dict[str, Run]:
+def run_all(size: Size) -> dict[Precision, dict[str, Run]]:
     """All layouts with one seed, and one process with the others."""
-    runs = {name: run(size, dtype, layout, SEED) for name, layout in LAYOUTS.items()}
+    runs = {name: run(size, layout, SEED) for name, layout in LAYOUTS.items()}
     for seed in OTHER_SEEDS:
-        runs[f"{ONE_PROCESS}, seed {seed}"] = run(size, dtype, LAYOUTS[ONE_PROCESS], seed)
-    return runs
+        runs[f"{ONE_PROCESS}, seed {seed}"] = run(size, LAYOUTS[ONE_PROCESS], seed)
+    return {
+        dtype: {name: found[dtype] for name, found in runs.items()} for dtype in get_args(Precision)
+    }
 
 
-def run(size: Size, dtype: Precision, layout: ParallelConfig, seed: int) -> Run:
-    """One run, on ranks of its own."""
-    config = make_config(size, dtype, layout, seed)
-    found: Run = run_ranks(dims_of(layout), train_rank, config)[0]
+def run(size: Size, layout: ParallelConfig, seed: int) -> dict[Precision, Run]:
+    """A run in each precision, on ranks of their own."""
+    configs = {dtype: make_config(size, dtype, layout, seed) for dtype in get_args(Precision)}
+    found: dict[Precision, Run] = run_ranks(dims_of(layout), train_rank, configs)[0]
     return found
 
 
@@ -145,8 +147,12 @@ def make_config(size: Size, dtype: Precision, layout: ParallelConfig, seed: int)
     )
 
 
-def train_rank(launch: Launch, config: Config) -> Run:
-    """Train from beginning to end."""
+def train_rank(launch: Launch, configs: Mapping[Precision, Config]) -> dict[Precision, Run]:
+    """Train all of them, one after the other."""
+    return {dtype: _train(launch, config) for dtype, config in configs.items()}
+
+
+def _train(launch: Launch, config: Config) -> Run:
     engine = build_engine(launch, config)
     samples = read_samples(config.model.seq_length)
     results = list(train(engine, config, launch, samples))
@@ -204,7 +210,6 @@ def draw_all(runs: Mapping[Precision, Mapping[str, Run]], size: Size) -> Figure:
             size.points, spread, [-x for x in spread], alpha=0.2, label="spread of three seeds"
         )
         above.set_title(dtype)
-        above.legend()
         below.legend()
     return figure
 

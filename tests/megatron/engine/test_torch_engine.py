@@ -1,9 +1,10 @@
-"""Training by the torch engine: the same at every layout, in every precision what it promises."""
+"""The torch engine: what it refuses, keeps, loads and calls, at layouts of every kind.
 
-import math
+That training is the same at all of them is tested in test_layouts.
+"""
+
 import sys
 from collections.abc import Callable
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -13,109 +14,52 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron.apex import fused_adam, fused_layer_norm
-from megatron.engine.base import StepResult
+from megatron.engine.base import NamedState, StepResult
 from megatron.engine.torch_engine import TorchEngine
 from megatron.errors import ConfigError, NonFiniteError
-from megatron.optim.main_parameters import MainParameters
+from mpu import shard_spec
 from tests.distributed import run_ranks
-from tests.figures import Figure
 from tests.megatron.engine.training import (
-    NUM_HEADS,
+    NUM_LAYERS,
     Layout,
-    Run,
     build_engine,
+    join_states,
     make_config,
     microbatches,
-    run_training,
     spoiled,
     train,
 )
+from tests.shards import region
 
-STEPS = 20
-TOLERANCE = 1e-12
 ONE = Layout()
-LAYOUTS = [
-    Layout(micro_batch=2),
-    Layout(micro_batch=4),
-    Layout(tensor=2),
-    Layout(tensor=2, sequence=True),
-    Layout(tensor=4, micro_batch=4),
-    Layout(tensor=4, sequence=True, micro_batch=4),
-    Layout(data=2),
-    Layout(data=2, micro_batch=2),
-    Layout(tensor=2, data=2, sequence=True),
+# One of each keeper of parameters, and of each schedule.
+KINDS = [
+    Layout(tensor=2, data=2),
+    Layout(tensor=2, pipeline=2, sequence=True),
+    Layout(pipeline=2, data=2, zero=1, schedule="zero_bubble"),
+    Layout(pipeline=2, data=2, zero=2, schedule="interleaved_1f1b", chunks=2),
+    Layout(data=4, zero=3),
 ]
 
 
-@cache
-def one_process() -> Run:
-    return run_training(ONE, STEPS)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_training_equals_one_process(layout: Layout, figure: Figure) -> None:
-    want, got = one_process(), run_training(layout, STEPS)
-    steps = list(zip(got.results, want.results, strict=True))
-    worst = {
-        "loss": max(difference(got.loss, want.loss) for got, want in steps),
-        "norm": max(difference(got.grad_norm, want.grad_norm) for got, want in steps),
-        "evaluation": difference(got.evaluation, want.evaluation),
-        "state": max(errors(got.state, want.state).values()),
-    }
-    figure(f"training equals one process: {layout}", **worst)
-    assert {name: error for name, error in worst.items() if not error <= TOLERANCE} == {}
-
-
-def difference(got: float, want: float) -> float:
-    """Relative."""
-    return abs(got / want - 1)
-
-
-def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each tensor, in parts of its largest element."""
-    assert got.keys() == want.keys()
-    found = {}
-    for name in want:
-        a, b = comparable(name, got[name]), comparable(name, want[name])
-        found[name] = ((a - b).abs().max() / b.abs().max()).item()
-    assert not [name for name, error in found.items() if math.isnan(error)]
-    return found
-
-
-def comparable(name: str, tensor: Tensor) -> Tensor:
-    """All of ``tensor``, without biases of keys.
-
-    A softmax cancels those: their gradient is rounding alone, which Adam scales up.
-    """
-    if not name.endswith("query_key_value.bias"):
-        return tensor
-    return tensor.view(NUM_HEADS, 3, -1)[:, ::2]
-
-
-def test_the_compared_run_learns_warms_up_and_clips() -> None:
-    results = one_process().results
-    assert results[-1].loss < results[0].loss
-    assert sum(result.grad_norm > 0.5 for result in results) > STEPS / 2
-    assert len({result.loss for result in results}) == STEPS
-
-
-def test_nan_stops_every_rank_before_the_update() -> None:
-    results = run_ranks(4, check_nan)
+@pytest.mark.parametrize("layout", KINDS, ids=str)
+def test_nan_stops_every_rank_before_the_update(layout: Layout) -> None:
+    results = run_ranks(layout.world_size, check_nan, layout)
     assert len({str(result) for result in results}) == 1
 
 
-def check_nan() -> StepResult:
+def check_nan(layout: Layout) -> StepResult:
     """One data rank has a NaN; afterwards training goes on as if the step had not been."""
-    config = make_config(Layout(tensor=2, data=2))
+    config = make_config(layout)
     engine, groups = build_engine(config)
     list(train(engine, config, groups, range(2)))
     before = state_of(engine)
     inputs = microbatches(config, 2, groups)
-    wrong = [inputs[0], spoiled(inputs[1])] if groups.data.rank() == 1 else inputs
+    if groups.data.rank() == groups.data.size() - 1:
+        inputs[1] = spoiled(inputs[1])
     with pytest.raises(NonFiniteError, match="loss nan and gradient norm nan must be finite"):
-        engine.train_step(wrong, lr=1e-2)
+        engine.train_step(inputs, lr=1e-2)
     assert_same_state(state_of(engine), before)
-    assert all(torch.isfinite(p).all() for p in engine.model.parameters())
 
     twin, twin_groups = build_engine(config)
     list(train(twin, config, twin_groups, range(2)))
@@ -127,8 +71,12 @@ def check_nan() -> StepResult:
 
 
 def state_of(engine: TorchEngine) -> dict[str, Tensor]:
-    """A copy of the state by kind and name."""
-    return {f"{s.kind} of {s.name}": s.tensor.clone() for s in engine.named_state()}
+    """A copy of what this rank holds of the state, by kind, name and place."""
+    return {
+        f"{state.kind} of {state.name} from {box.start}": box.tensor.detach().clone()
+        for state in engine.named_state()
+        for box in state.boxes
+    }
 
 
 def assert_same_state(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -137,73 +85,90 @@ def assert_same_state(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert torch.equal(got[name], tensor), name
 
 
-def test_bf16_keeps_main_parameters_in_fp32() -> None:
-    run_ranks(2, check_bf16)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("layout", KINDS[:3], ids=str)
+def test_low_precision_keeps_main_parameters_in_fp32(layout: Layout, dtype: str) -> None:
+    run_ranks(layout.world_size, check_main_parameters, layout, dtype)
 
 
-def check_bf16() -> None:
-    config = make_config(Layout(tensor=2, sequence=True), dtype="bf16")
+def check_main_parameters(layout: Layout, dtype: Any) -> None:
+    config = make_config(layout, dtype=dtype)
+    low = config.train.torch_dtype
     engine, groups = build_engine(config)
     for result in train(engine, config, groups, range(3)):
         assert 0 < result.grad_norm < 100
-        mains = {s.name: s.tensor for s in engine.named_state() if s.kind == "weight"}
-        assert {s.tensor.dtype for s in engine.named_state()} == {torch.float32}
-        for name, parameter in engine.model.named_parameters():
-            assert parameter.dtype == torch.bfloat16
-            assert torch.equal(parameter, mains[name].bfloat16()), name
+        assert not result.skipped
+    boxes = [box.tensor for state in engine.named_state() for box in state.boxes]
+    assert {box.dtype for box in boxes} == {torch.float32}
+    assert any(not torch.equal(box, box.to(low).float()) for box in boxes)
+    weights = whole_weights(engine, groups.tensor.rank(), groups.tensor.size())
+    for state in (state for state in engine.named_state() if state.kind == "weight"):
+        for box in state.boxes:
+            rounded = box.tensor.to(low)
+            assert torch.equal(weights[state.name][region(box)], rounded), state.name
+
+
+def whole_weights(engine: TorchEngine, rank: int, size: int) -> dict[str, Tensor]:
+    """What the models of this rank compute with, in whole tensors, NaN where others compute."""
+    weights = {}
+    for model in engine.models:
+        for name, parameter in model.named_parameters():
             assert parameter.grad is None
-    assert any(not torch.equal(main, main.bfloat16().float()) for main in mains.values())
+            spec = shard_spec(parameter)
+            weights[name] = torch.full(spec.shape, torch.nan, dtype=parameter.dtype)
+            for box in spec.boxes(parameter.detach(), rank, size):
+                weights[name][region(box)] = box.tensor
+    return weights
 
 
-def test_bf16_gradients_add_up_in_fp32() -> None:
-    layer = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
-    parameters = MainParameters(layer)
-    (main,) = (main for _, main in parameters.named())
-    gradients = torch.randn(300, 8, 8).bfloat16()
-    in_fp32, in_bf16 = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
-    for gradient in gradients:
-        (layer.weight * gradient).sum().backward()
-        in_fp32 += gradient
-        in_bf16 += gradient
-    assert main.grad is not None
-    assert torch.equal(main.grad, in_fp32)
-    assert not torch.equal(main.grad, in_bf16.float())
-
-
-@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp64", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "apex_adamw"])
 def test_loaded_state_goes_on_bit_for_bit(dtype: str, optimizer: str) -> None:
-    run_ranks(1, check_loaded_state, dtype, optimizer)
+    run_ranks(1, check_loaded_state, ONE, dtype, optimizer)
 
 
-def check_loaded_state(dtype: Any, optimizer: Any) -> None:
+@pytest.mark.parametrize("layout", KINDS, ids=str)
+def test_loaded_state_goes_on_bit_for_bit_at_every_kind_of_layout(layout: Layout) -> None:
+    run_ranks(layout.world_size, check_loaded_state, layout, "fp64", "adamw")
+
+
+def check_loaded_state(layout: Layout, dtype: Any, optimizer: Any) -> None:
     install_apex()
-    config = make_config(ONE, dtype=dtype, optimizer=optimizer)
+    config = make_config(layout, dtype=dtype, optimizer=optimizer)
     engine, groups = build_engine(config)
     list(train(engine, config, groups, range(3)))
-    saved = state_of(engine)
+    saved, scalars = state_of(engine), engine.scalars()
     want = list(train(engine, config, groups, range(3, 6)))
 
     other, other_groups = build_engine(config)
     for state in other.named_state():
-        state.tensor.copy_(saved[f"{state.kind} of {state.name}"])
-    other.state_loaded(step=3)
+        for box in state.boxes:
+            saved_box = saved[f"{state.kind} of {state.name} from {box.start}"]
+            box.tensor.detach().copy_(saved_box)
+    other.state_loaded(scalars)
     assert list(train(other, config, other_groups, range(3, 6))) == want
     assert_same_state(state_of(other), state_of(engine))
+    assert other.scalars() == engine.scalars()
+    assert engine.scalars()["updates"] == 6
 
 
-def test_state_names_every_parameter_three_times() -> None:
-    run_ranks(1, check_state_names)
-
-
-def check_state_names() -> None:
-    engine, _ = build_engine(make_config(ONE))
-    names = {name for name, _ in engine.model.named_parameters()}
-    found = [(s.name, s.kind) for s in engine.named_state()]
+@pytest.mark.parametrize("layout", [ONE, *KINDS], ids=str)
+def test_state_names_every_parameter_three_times(layout: Layout) -> None:
+    (shapes,) = run_ranks(1, shapes_of_one_process)
+    whole = join_states(run_ranks(layout.world_size, state_of_rank, layout))
     kinds = ("weight", "exp_avg", "exp_avg_sq")
-    assert sorted(found) == sorted((name, kind) for name in names for kind in kinds)
-    for state in engine.named_state():
-        assert state.tensor.shape == state.spec.local_shape(1), state.name
+    want = {f"{kind} of {name}": shape for name, shape in shapes.items() for kind in kinds}
+    assert {name: tuple(tensor.shape) for name, tensor in whole.items()} == want
+
+
+def shapes_of_one_process() -> dict[str, tuple[int, ...]]:
+    engine, _ = build_engine(make_config(ONE))
+    return {name: shard_spec(p).shape for name, p in engine.models[0].named_parameters()}
+
+
+def state_of_rank(layout: Layout) -> list[NamedState]:
+    engine, _ = build_engine(make_config(layout))
+    return engine.named_state()
 
 
 def test_apex_is_used_when_asked_for() -> None:
@@ -220,14 +185,14 @@ def check_apex() -> None:
         results.append(list(train(engine, config, groups, range(6))))
         engines.append(engine)
     norms = [
-        sum(isinstance(module, FusedLayerNorm) for module in engine.model.modules())
+        sum(isinstance(module, FusedLayerNorm) for module in engine.models[0].modules())
         for engine in engines
     ]
-    # Two in each of two layers, after the embedding, and at the end.
-    assert norms == [0, 6]
+    # Two in each layer, after the embedding, and at the end.
+    assert norms == [0, 2 * NUM_LAYERS + 2]
     for want, got in zip(*results, strict=True):
-        assert got.loss == pytest.approx(want.loss, rel=TOLERANCE)
-        assert got.grad_norm == pytest.approx(want.grad_norm, rel=TOLERANCE)
+        assert got.loss == pytest.approx(want.loss, rel=1e-12)
+        assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-12)
 
 
 class FusedLayerNorm(nn.LayerNorm):

@@ -23,8 +23,9 @@ from megatron.engine.base import NamedState, StepResult
 from megatron.engine.torch_engine import TorchEngine
 from megatron.model.inputs import ModelInputs, build_inputs
 from megatron.optim.schedule import learning_rate
-from mpu import HeldBox, ParallelGroups, build_groups
+from mpu import ParallelGroups, build_groups
 from tests.distributed import run_ranks
+from tests.shards import region
 
 VOCAB, SEQ, NUM_LAYERS, NUM_HEADS, EOD = 101, 16, 4, 4, 5
 GLOBAL_BATCH = 8
@@ -178,7 +179,7 @@ def join_states(ranks: Sequence[Sequence[NamedState]]) -> dict[str, torch.Tensor
     for state in (state for state in states if state.owned):
         for box in state.boxes:
             empty = box.tensor.new_full(state.shape, torch.nan)
-            part = whole.setdefault(f"{state.kind} of {state.name}", empty)[_region(box)]
+            part = whole.setdefault(f"{state.kind} of {state.name}", empty)[region(box)]
             assert part.isnan().all(), f"{state.kind} of {state.name} is owned twice"
             part.copy_(box.tensor)
     for name, tensor in whole.items():
@@ -186,12 +187,8 @@ def join_states(ranks: Sequence[Sequence[NamedState]]) -> dict[str, torch.Tensor
     for state in states:
         for box in state.boxes:
             name = f"{state.kind} of {state.name}"
-            assert torch.equal(whole[name][_region(box)], box.tensor), f"replicas of {name} differ"
+            assert torch.equal(whole[name][region(box)], box.tensor), f"replicas of {name} differ"
     return whole
-
-
-def _region(box: HeldBox) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(box.start, box.tensor.shape, strict=True))
 
 
 def _train_rank(layout: Layout, num_steps: int) -> tuple[list[StepResult], float, list[NamedState]]:
@@ -202,6 +199,6 @@ def _train_rank(layout: Layout, num_steps: int) -> tuple[list[StepResult], float
     return results, evaluation, engine.named_state()
 
 
-def spoiled(inputs: ModelInputs) -> ModelInputs:
-    """``inputs`` whose loss is not a number."""
-    return replace(inputs, loss_weights=inputs.loss_weights * torch.nan)
+def spoiled(inputs: ModelInputs, factor: float = torch.nan) -> ModelInputs:
+    """``inputs`` whose loss is not a number, or ``factor`` times what it was."""
+    return replace(inputs, loss_weights=inputs.loss_weights * factor)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron.optim.parameters import Held, Parameters
 from mpu import ParallelDims, ParallelGroups, ShardSpec, build_groups, set_shard_spec, shard_spec
-from tests.shards import box, cut
+from tests.shards import box, cut, region
 
 CPU = torch.device("cpu")
 Make: TypeAlias = Callable[["Stage", ParallelGroups], Parameters]
@@ -206,11 +206,10 @@ def check_boxes(ranks: Sequence[Sequence[Held]], whole: Callable[[str, ShardSpec
         want = whole(held.name, held.spec)
         times = times_owned.setdefault(held.name, torch.zeros(held.spec.shape))
         for part in held.boxes:
-            region = tuple(
-                slice(a, a + n) for a, n in zip(part.start, part.tensor.shape, strict=True)
+            torch.testing.assert_close(
+                part.tensor, want[region(part)], rtol=1e-15, atol=0, msg=held.name
             )
-            torch.testing.assert_close(part.tensor, want[region], rtol=1e-15, atol=0, msg=held.name)
-            times[region] += held.owned
+            times[region(part)] += held.owned
     for name, times in times_owned.items():
         assert bool((times == 1).all()), f"{name}: {times}"
 

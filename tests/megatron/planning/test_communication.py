@@ -123,7 +123,7 @@ def count_step(case: Case) -> Found:
 @pytest.fixture(scope="module")
 def counted() -> dict[Case, list[Found]]:
     """What each rank of each case sends; cases of as many ranks run in the same processes."""
-    found = {}
+    found: dict[Case, list[Found]] = {}
     for world_size in {case.layout.world_size for case in CASES}:
         cases = [case for case in CASES if case.layout.world_size == world_size]
         ranks = run_ranks(world_size, count_steps, cases)

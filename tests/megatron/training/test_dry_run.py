@@ -133,7 +133,7 @@ def test_activations_are_those_of_the_whole_schedule(
         executed = most_of_all_microbatches(config, found, place)
         error = (rank.activations + rank.working) / executed - 1
         figure("dry run: activations against the whole schedule", error=abs(error))
-        assert abs(error) < 0.03, place
+        assert abs(error) < 0.02, place
 
 
 def most_of_all_microbatches(config: Config, found: DryRun, place: int) -> int:

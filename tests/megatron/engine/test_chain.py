@@ -1,0 +1,92 @@
+"""One state for all layouts: a run that changes its layout again and again, through saves.
+
+At each change the whole state is bit for bit what was saved, and the losses are those of a run that
+never changed, to rounding.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron.engine.base import NamedState, StepResult
+from megatron.launch import Launch
+from megatron.training.saving import RunCheckpoints, open_newest
+from tests.distributed import run_ranks
+from tests.figures import Figure
+from tests.megatron.engine.training import (
+    CPU,
+    GLOBAL_BATCH,
+    Layout,
+    build_engine,
+    join_states,
+    make_config,
+    run_training,
+    train,
+)
+
+TOLERANCE = 1e-12
+STEPS = 3
+"""Of each layout."""
+
+CHAIN = [
+    Layout(micro_batch=2),
+    Layout(tensor=2, pipeline=2, schedule="zero_bubble", micro_batch=2),
+    Layout(data=4, zero=3, micro_batch=2),
+    Layout(pipeline=4, micro_batch=2, recompute="full"),
+    Layout(tensor=2, data=2, zero=1, sequence=True),
+    Layout(pipeline=2, data=2, zero=2, schedule="interleaved_1f1b", chunks=2),
+    Layout(tensor=4, pipeline=2, zero=1, micro_batch=2, recompute="selective"),
+    Layout(pipeline=2, data=4, zero=1, schedule="zero_bubble"),
+]
+
+
+def test_a_run_changes_its_layout_seven_times(tmp_path: Path, figure: Figure) -> None:
+    want = run_training(CHAIN[0], STEPS * len(CHAIN))
+    results: list[StepResult] = []
+    saved: dict[str, torch.Tensor] = {}
+    for layout in CHAIN:
+        ranks = run_ranks(layout.world_size, go_on, layout, tmp_path)
+        loaded = join_states([rank[0] for rank in ranks])
+        if saved:
+            assert loaded.keys() == saved.keys()
+            assert [name for name in saved if not torch.equal(loaded[name], saved[name])] == []
+        assert all(rank[1] == ranks[0][1] for rank in ranks), "ranks report different numbers"
+        results += ranks[0][1]
+        saved = join_states([rank[2] for rank in ranks])
+    steps = list(zip(results, want.results, strict=True))
+    worst = {
+        "loss": max(abs(got.loss / want.loss - 1) for got, want in steps),
+        "norm": max(abs(got.grad_norm / want.grad_norm - 1) for got, want in steps),
+    }
+    figure("a chain of 8 layouts", differing_bits=0, **worst)
+    assert max(worst.values()) <= TOLERANCE
+
+
+def go_on(
+    layout: Layout, folder: Path
+) -> tuple[list[NamedState], list[StepResult], list[NamedState]]:
+    """The state that was opened, the next steps, and the state that is saved."""
+    config = replace(make_config(layout), folder=folder)
+    engine, groups = build_engine(config)
+    launch = Launch(dist.get_rank(), dist.get_world_size(), CPU, groups)
+    checkpoints = RunCheckpoints(config, launch, engine, None, {})
+    progress = checkpoints.resume(open_newest(config))
+    opened = copy_of(engine.named_state())
+    results = list(train(engine, config, groups, range(progress.step, progress.step + STEPS)))
+    for _ in results:
+        progress = progress.after(GLOBAL_BATCH)
+    checkpoints.save(progress)
+    return opened, results, engine.named_state()
+
+
+def copy_of(states: list[NamedState]) -> list[NamedState]:
+    """That later steps do not change."""
+    return [
+        replace(
+            state,
+            boxes=tuple(replace(box, tensor=box.tensor.detach().clone()) for box in state.boxes),
+        )
+        for state in states
+    ]
