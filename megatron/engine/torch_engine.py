@@ -21,7 +21,6 @@ from megatron.optim.adamw import MOMENTS, build_adamw, moment, set_step, update
 from megatron.optim.flat_parameters import FlatParameters
 from megatron.optim.loss_scaler import LossScaler
 from megatron.optim.parameters import Parameters
-from megatron.optim.sharded_parameters import ShardedParameters
 from mpu import ParallelGroups, RngStreams
 from mpu.deferral import DeferringProducts
 
@@ -215,6 +214,9 @@ def _build_parameters(
     zero = config.parallel.zero
     if zero < 2:
         return FlatParameters(models, groups, device, shard=zero == 1)
+    # FSDP takes half a second to import.
+    from megatron.optim.sharded_parameters import ShardedParameters
+
     return ShardedParameters(
         models,
         [layer for model in models for layer in model.language_model.transformer.layers.values()],

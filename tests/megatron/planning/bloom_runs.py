@@ -6,8 +6,8 @@ to 28 February 2022 from "Choosing the fastest 3D Topology" on. All runs were on
 recomputed. Each figure is that of one step, the second.
 
 Where a table does not say it: 64 heads, as the page says of those of the later models, and 96 at
-hidden size 14400, as in the page's other runs of that size. The layers of hidden size 14400 follow
-from the FLOP/s beside the seconds.
+hidden size 14400, as in the page's other runs of that size (either way, heads are of a size that is
+no multiple of 8). The layers of hidden size 14400 follow from the FLOP/s beside the seconds.
 
 A row that stands in several tables is here once. Left out are
 
@@ -39,6 +39,11 @@ class Run(NamedTuple):
     @property
     def gpus(self) -> int:
         return 8 * self.nodes
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the size of a head is a multiple of 8, which tensor cores need."""
+        return self.hidden // self.heads % 8 == 0
 
 
 BY_LAYERS = (
