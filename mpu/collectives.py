@@ -1,7 +1,7 @@
 """The collectives under ``mpu.mappings`` and the parallel layers, without gradients.
 
-They never change their argument, which autograd or the caller may still read, and they do nothing
-in a group of one rank. The ``start`` forms return at once; their ``Pending`` gives the result.
+But for the one in place, they never change their argument, which autograd or the caller may still
+read, and they do nothing in a group of one rank. The ``start`` forms return at once; their ``Pending`` gives the result.
 """
 
 from collections.abc import Callable
@@ -60,6 +60,11 @@ def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     out = front.new_empty((size * front.size(0), *front.shape[1:]))
     _all_gather_single(out, front, group=group)
     return out.movedim(0, dim).contiguous()
+
+
+def all_gather_in_place(out: Tensor, group: ProcessGroup) -> None:
+    """Fill ``out``, ``(size * n,)``, of which each rank has set its own part."""
+    _all_gather_single(out, out.chunk(group.size())[group.rank()], group=group)
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:

@@ -34,6 +34,9 @@ from megatron.model.language_model import BloomForPretraining
 from mpu import RngStreams
 from mpu.deferral import DeferringProducts, Job
 
+_MOST_SENT = 4
+"""Tensors that are kept because they may still be on their way."""
+
 Streams: TypeAlias = Callable[[ModelInputs], RngStreams | None]
 """The random numbers of a microbatch; None is no dropout."""
 
@@ -169,9 +172,9 @@ class _Execution:
         tensor = self.outgoing.pop(transfer.task).contiguous()
         work = dist.isend(tensor, group=self.pipeline.group, group_dst=transfer.target)
         assert work is not None, "this rank is not in the group"
-        # What has been sent can go.
-        self.sending = [item for item in self.sending if not item[1].is_completed()]
         self.sending.append((tensor, work))
+        if len(self.sending) > _MOST_SENT:
+            self.sending.pop(0)[1].wait()
 
     def _receive(self, transfer: Transfer) -> None:
         model = self.pipeline.model(transfer.stage)

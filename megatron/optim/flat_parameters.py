@@ -32,7 +32,7 @@ from mpu import (
     set_shard_spec,
     shard_spec,
 )
-from mpu.collectives import all_gather, reduce_scatter
+from mpu.collectives import all_gather_in_place, reduce_scatter
 
 _ALIGNMENT = 64
 """Elements. Kernels read fastest from addresses of a power of two."""
@@ -164,7 +164,7 @@ class FlatParameters(Parameters):
         if self._main is not self._own_weights:
             self._own_weights.copy_(self._main)
         if self._shard:
-            self._weights.copy_(all_gather(self._own_weights, self._groups.data, 0))
+            all_gather_in_place(self._weights, self._groups.data)
 
     def _counted(self) -> list[Tensor]:
         own = (self._own(entry) for entry in self._entries if self._counts(entry.spec))
