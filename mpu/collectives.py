@@ -1,7 +1,8 @@
 """The collectives under ``mpu.mappings`` and the parallel layers, without gradients.
 
 But for the one in place, they never change their argument, which autograd or the caller may still
-read, and they do nothing in a group of one rank. The ``start`` forms return at once; their ``Pending`` gives the result.
+read, and they do nothing in a group of one rank. The ``start`` forms return at once; their
+``Pending`` gives the result.
 """
 
 from collections.abc import Callable
