@@ -172,6 +172,8 @@ class _Execution:
         tensor = self.outgoing.pop(transfer.task).contiguous()
         work = dist.isend(tensor, group=self.pipeline.group, group_dst=transfer.target)
         assert work is not None, "this rank is not in the group"
+        # What has been sent can go; gloo does not tell before it is asked to wait.
+        self.sending = [item for item in self.sending if not item[1].is_completed()]
         self.sending.append((tensor, work))
         if len(self.sending) > _MOST_SENT:
             self.sending.pop(0)[1].wait()

@@ -28,6 +28,7 @@ MOST_SECONDS = 10.0
 
 GROUPS: dict[str, dict[str, Case]] = {
     "size": wrong_configs.SIZES,
+    "layout": wrong_configs.LAYOUTS,
     "value": wrong_configs.VALUES,
     "config": wrong_configs.FILES,
     "data": wrong_files.DATASETS,
@@ -106,10 +107,10 @@ def test_only_damaged_saves_are_told_before_a_fresh_start(folder: Path) -> None:
 
 
 def test_started_program_ends_with_the_code_and_the_message(folder: Path) -> None:
-    done = start(command(base_argv(folder, train__dtype="fp16")))
+    done = start(command(base_argv(folder, train__dtype="fp12")))
     assert done.returncode == CONFIG
     assert done.stdout == ""
-    assert done.stderr.endswith("train.dtype must be one of fp32, bf16, fp64, got 'fp16'\n")
+    assert done.stderr.endswith("train.dtype must be one of fp32, bf16, fp16, fp64, got 'fp12'\n")
 
 
 def test_launched_ranks_end_with_one_message(folder: Path) -> None:

@@ -129,15 +129,20 @@ def test_resumed_at_other_layouts_is_the_same_to_rounding(folder: Path, figure: 
     assert go(2, parallel__tensor=2, train__stop_at_step=5) == 0
     assert go(1, Fault(9, signal.SIGTERM)) == STOPPED
     assert go(4, parallel__tensor=4, parallel__sequence=True, train__stop_at_step=14) == 0
-    assert go(2, parallel__data=2) == 0
+    pipeline = {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"}
+    assert go(2, **pipeline, train__stop_at_step=17) == 0
+    assert go(2, parallel__data=2, parallel__zero=3) == 0
     worst = 0.0
     for name in ("loss", "grad_norm"):
         mine, theirs = values(folder / "layouts", name), values(folder / "fp64", name)
         assert mine == pytest.approx(theirs, rel=ROUNDING, abs=0.0)
         worst = max(worst, *(abs(a / b - 1) for a, b in zip(mine, theirs, strict=True)))
     starts = records(folder / "layouts", "start")
-    assert [start["layout"]["tensor"] for start in starts] == [2, 1, 4, 1]
-    figure("resume at other layouts, fp64", layouts="TP2 TP1 TP4+SP DP2", worst_relative=worst)
+    axes = ("tensor", "pipeline", "data", "zero")
+    grids = [tuple(start["layout"][axis] for axis in axes) for start in starts]
+    assert grids == [(2, 1, 1, 0), (1, 1, 1, 0), (4, 1, 1, 0), (1, 2, 1, 0), (1, 1, 2, 3)]
+    names = "TP2 TP1 TP4+SP PP2 DP2+ZeRO3"
+    figure("resume at other layouts, fp64", layouts=names, worst_relative=worst)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,92 @@ SIZES = {
     ),
 }
 
+LAYOUTS = {
+    "no stage": changed(
+        "parallel.pipeline must be greater than 0|got 0", world_size=2, parallel__pipeline=0
+    ),
+    "fewer layers than stages": changed(
+        "model.num_layers (2)|not be below the number of stages|"
+        "parallel.pipeline (2) x parallel.chunks (2)",
+        world_size=2,
+        parallel__pipeline=2,
+        parallel__schedule="interleaved_1f1b",
+        parallel__chunks=2,
+    ),
+    "fewer microbatches than stages": changed(
+        "parallel.pipeline (2)|not be above the number of microbatches of a data rank|(1)",
+        world_size=2,
+        parallel__pipeline=2,
+        train__global_batch_size=2,
+    ),
+    "microbatches that leave a group of the pipeline open": changed(
+        "microbatches of a data rank in one step (3)|"
+        "multiple of parallel.pipeline with parallel.schedule interleaved_1f1b (2)",
+        world_size=2,
+        model__num_layers=4,
+        parallel__pipeline=2,
+        parallel__schedule="interleaved_1f1b",
+        parallel__chunks=2,
+        train__global_batch_size=6,
+    ),
+    "ramp-up below the pipeline": changed(
+        "parallel.pipeline (2)|not be above the number of microbatches of a data rank|(1)",
+        world_size=2,
+        parallel__pipeline=2,
+        train__rampup__start=2,
+        train__rampup__increment=2,
+        train__rampup__samples=9,
+    ),
+    "tensor and pipeline on ranks": changed(
+        "parallel.tensor (2) x parallel.pipeline (2) must divide|WORLD_SIZE 2",
+        world_size=2,
+        parallel__tensor=2,
+        parallel__pipeline=2,
+    ),
+    "grid of three axes on ranks": changed(
+        "parallel.tensor (1) x parallel.pipeline (2) x parallel.data (2)|WORLD_SIZE 2",
+        world_size=2,
+        parallel__pipeline=2,
+        parallel__data=2,
+    ),
+    "zero bubbles with sharded gradients": changed(
+        "parallel.schedule zero_bubble needs parallel.zero 0 or 1, got 2",
+        world_size=2,
+        parallel__pipeline=2,
+        parallel__schedule="zero_bubble",
+        parallel__zero=2,
+    ),
+    "zero bubbles without pipeline": changed(
+        "parallel.schedule zero_bubble needs parallel.pipeline of at least 2, got 1",
+        parallel__schedule="zero_bubble",
+    ),
+    "interleaved without chunks": changed(
+        "parallel.schedule interleaved_1f1b needs parallel.chunks of at least 2, got 1",
+        world_size=2,
+        parallel__pipeline=2,
+        parallel__schedule="interleaved_1f1b",
+    ),
+    "chunks without interleaving": changed(
+        "parallel.schedule 1f1b needs parallel.chunks 1, got 2",
+        world_size=2,
+        parallel__pipeline=2,
+        parallel__chunks=2,
+    ),
+    "no such stage of ZeRO": changed(
+        "parallel.zero must be one of 0, 1, 2, 3|got '4'", world_size=2, parallel__zero=4
+    ),
+    "no such schedule": changed(
+        "parallel.schedule must be one of 1f1b, interleaved_1f1b, zero_bubble|got 'gpipe'",
+        parallel__schedule="gpipe",
+    ),
+    "loss scale below its minimum": changed(
+        "train.loss_scale.minimum (4.0)|not be above train.loss_scale.initial (2.0)",
+        train__dtype="fp16",
+        train__loss_scale__initial=2,
+        train__loss_scale__minimum=4,
+    ),
+}
+
 VALUES = {
     "negative rate": changed("optimizer.lr must be greater than 0|got -0.1", optimizer__lr=-0.1),
     "lowest above highest rate": changed(
@@ -184,7 +270,7 @@ VALUES = {
     "two shares": changed("data.split must be a list of 3 numbers|[1, 2]", data__split=[1, 2]),
     "no mapping": changed("data.paths must be a mapping|got 'text'", data__paths="text"),
     "no choice": changed(
-        "train.dtype must be one of fp32, bf16, fp64|got 'fp16'", train__dtype="fp16"
+        "train.dtype must be one of fp32, bf16, fp16, fp64|got 'fp12'", train__dtype="fp12"
     ),
     "unknown option": changed(
         "optimizer.lrr is not an option|did you mean optimizer.lr?", optimizer__lrr=1

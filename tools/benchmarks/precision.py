@@ -9,7 +9,7 @@ one process than the farthest of three seeds of one process are to each other.
 
 In fp16 the loss scale begins so high that the first gradients overflow; all ranks have to skip the
 same steps then, and go on. Every microbatch is one sample, because the scale is of its mean loss.
-With ZeRO 3 the scale ends lower: FSDP has the whole gradient of a weight in fp16 before it is
+With ZeRO 3 more steps are skipped: FSDP has the whole gradient of a weight in fp16 before it is
 reduced, where the others add products to float32.
 """
 

@@ -6,7 +6,6 @@ something to its caller.
 """
 
 import os
-import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron.config import LaunchConfig
 from megatron.launch import launched, read_environment
@@ -38,10 +38,11 @@ def run_ranks(
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(_SLOW_IMPORTS)
-    port = _free_port()
+    # Open before there are ranks, as torchrun has it: no other program can take its port.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ProcessPoolExecutor(dims.world_size, mp_context=context) as pool:
         ranks = [
-            pool.submit(_run_rank, rank, dims, port, device, body, args)
+            pool.submit(_run_rank, rank, dims, store.port, device, body, args)
             for rank in range(dims.world_size)
         ]
         return [rank.result() for rank in ranks]
@@ -72,16 +73,11 @@ def _run_rank(
         WORLD_SIZE=str(dims.world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
     )
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LaunchConfig(device=device, startup_timeout=_PATIENCE, timeout=_PATIENCE)
     with launched(lambda _: dims, config, read_environment()) as launch:
         return body(launch, *args)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -59,8 +59,8 @@ def test_only_gelu_is_not_gated() -> None:
 
 
 def test_dtypes_are_those_of_torch() -> None:
-    found = [make_config(dtype=name).train.torch_dtype for name in ("fp32", "bf16", "fp64")]
-    assert found == [torch.float32, torch.bfloat16, torch.float64]
+    found = [make_config(dtype=name).train.torch_dtype for name in ("fp32", "bf16", "fp16", "fp64")]
+    assert found == [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,68 @@ def test_data_takes_the_ranks_that_tensor_leaves(world_size: int, tensor: int, d
     assert make_config(tensor=tensor, data=data).layout(world_size) == expected
 
 
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "pipeline", "data"), [(2, 1, 2, 1), (8, 2, 2, 2), (6, 1, 2, 3)]
+)
+def test_data_takes_the_ranks_that_tensor_and_pipeline_leave(
+    world_size: int, tensor: int, pipeline: int, data: int
+) -> None:
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    config = replace(make_config(global_batch_size=48), parallel=parallel)
+    assert config.layout(world_size) == ParallelDims(tensor=tensor, data=data, pipeline=pipeline)
+
+
 def test_layout_refuses_ranks_that_the_grid_does_not_fill() -> None:
     with pytest.raises(ConfigError, match=r"parallel.tensor \(2\) must divide .*WORLD_SIZE 3"):
         make_config(tensor=2).layout(3)
     with pytest.raises(ConfigError, match=r"\(2\) x parallel.data \(1\) .*WORLD_SIZE 4"):
         make_config(tensor=2, data=1).layout(4)
+
+
+def test_layout_refuses_ranks_that_the_pipeline_does_not_fill() -> None:
+    config = replace(make_config(), parallel=ParallelConfig(tensor=2, pipeline=2))
+    with pytest.raises(
+        ConfigError, match=r"parallel.tensor \(2\) x parallel.pipeline \(2\) must divide .* 6\)$"
+    ):
+        config.layout(6)
+
+
+def make_pipeline(pipeline: int, **parallel: Any) -> Config:
+    """Four microbatches of each step for one data rank."""
+    return replace(
+        make_config(),
+        model=make_model(num_layers=8),
+        parallel=ParallelConfig(pipeline=pipeline, **parallel),
+    )
+
+
+def test_every_stage_needs_a_layer_and_a_microbatch() -> None:
+    assert make_pipeline(4).layout(4) == ParallelDims(pipeline=4)
+    with pytest.raises(ConfigError, match=r"parallel.pipeline \(4\) must not be above .*\(2\)$"):
+        make_pipeline(4).layout(8)
+    with pytest.raises(ConfigError, match=r"parallel.pipeline \(5\) must not be above .*\(4\)$"):
+        make_pipeline(5).layout(5)
+    with pytest.raises(ConfigError, match=r"model.num_layers \(8\) must not be below .*stages"):
+        make_pipeline(9)
+    with pytest.raises(ConfigError, match=r"pipeline \(3\) x parallel.chunks \(3\)$"):
+        make_pipeline(3, schedule="interleaved_1f1b", chunks=3)
+
+
+def test_interleaved_microbatches_come_in_groups_of_the_pipeline() -> None:
+    interleaved = {"schedule": "interleaved_1f1b", "chunks": 2}
+    assert make_pipeline(2, **interleaved).layout(2) == ParallelDims(pipeline=2)
+    with pytest.raises(ConfigError, match=r"microbatches .* \(4\) must be a multiple .* \(3\)"):
+        make_pipeline(3, **interleaved).layout(3)
+    assert make_pipeline(3).layout(3) == ParallelDims(pipeline=3)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_schedules_take_the_stages_of_zero_that_they_can(zero: int) -> None:
+    for name, chunks in (("1f1b", 1), ("interleaved_1f1b", 2), ("zero_bubble", 1)):
+        config = make_pipeline(2, schedule=name, chunks=chunks, zero=zero)
+        assert config.parallel.num_stages == 2 * chunks
+    with pytest.raises(ConfigError, match=f"parallel.zero 0 or 1, got {zero + 2}"):
+        make_pipeline(2, schedule="zero_bubble", zero=zero + 2)
 
 
 def test_every_batch_of_a_ramp_up_must_be_shared_evenly() -> None:

@@ -1,30 +1,33 @@
 """Every layout trains like one process: losses, gradient norms, evaluation, weights and moments.
 
 In float64, with dropout, warm-up, clipping, weight decay and tokens that do not count. The suite
-takes a choice of all layouts, and other numbers of microbatches; the marker nightly has the others.
+takes a few of all layouts, and other numbers of microbatches; the marker nightly has the rest.
 """
 
 import math
 from functools import cache
+from itertools import combinations
 
 import pytest
 from torch import Tensor
 
 from tests.figures import Figure
 from tests.megatron.engine.layouts import CHOSEN, EVERY, MOST_RANKS
-from tests.megatron.engine.training import NUM_HEADS, Layout, Run, run_training
+from tests.megatron.engine.training import NUM_HEADS, NUM_LAYERS, Layout, Run, run_training
 
 STEPS = 20
 TOLERANCE = 1e-12
-OTHER_ACCUMULATIONS = [
-    Layout(micro_batch=1),
-    Layout(micro_batch=8),
-    Layout(tensor=4, sequence=True, micro_batch=4),
+AXES = ("tensor", "pipeline", "data", "zero", "schedule", "sequence", "tied", "recompute")
+OTHERS = [
+    # Other numbers of microbatches, from one to eight.
+    Layout(micro_batch=1, num_layers=2),
+    Layout(micro_batch=8, num_layers=2),
+    Layout(tensor=2, sequence=True, micro_batch=4, num_layers=2),
     Layout(pipeline=2, micro_batch=1, recompute="selective"),
     Layout(pipeline=2, micro_batch=4, schedule="zero_bubble"),
-    Layout(data=4, micro_batch=2, zero=1),
-    Layout(data=4, micro_batch=1, zero=3, tied=False),
-    Layout(tensor=2, data=4, sequence=True, micro_batch=2, zero=2),
+    # More data ranks than some parameters have rows.
+    Layout(data=4, micro_batch=2, zero=1, num_layers=2),
+    Layout(data=4, micro_batch=1, zero=2, tied=False, num_layers=2),
 ]
 NIGHTLY = [
     pytest.param(layout, marks=pytest.mark.nightly) for layout in EVERY if layout not in CHOSEN
@@ -36,7 +39,7 @@ def one_process(tied: bool, num_layers: int) -> Run:
     return run_training(Layout(micro_batch=2, tied=tied, num_layers=num_layers), STEPS)
 
 
-@pytest.mark.parametrize("layout", [*CHOSEN, *OTHER_ACCUMULATIONS, *NIGHTLY], ids=str)
+@pytest.mark.parametrize("layout", [*CHOSEN, *OTHERS, *NIGHTLY], ids=str)
 def test_training_equals_one_process(layout: Layout, figure: Figure) -> None:
     want, got = one_process(layout.tied, layout.num_layers), run_training(layout, STEPS)
     steps = list(zip(got.results, want.results, strict=True))
@@ -80,7 +83,7 @@ def comparable(name: str, tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_compared_run_learns_warms_up_and_clips(tied: bool) -> None:
-    run = one_process(tied, 4)
+    run = one_process(tied, NUM_LAYERS)
     results = run.results
     assert results[-1].loss < results[0].loss
     assert sum(result.grad_norm > 0.5 for result in results) > STEPS / 2
@@ -92,3 +95,14 @@ def test_the_compared_run_learns_warms_up_and_clips(tied: bool) -> None:
 def test_every_layout_is_there_once() -> None:
     assert len(set(map(str, EVERY))) == len(EVERY) == 320
     assert max(layout.world_size for layout in EVERY) == MOST_RANKS
+
+
+def test_each_two_values_of_two_axes_meet_in_the_suite() -> None:
+    everywhere = set().union(*map(pairs, EVERY))
+    assert everywhere - set().union(*map(pairs, CHOSEN)) == set()
+    assert set(CHOSEN) <= set(EVERY)
+
+
+def pairs(layout: Layout) -> set[tuple[tuple[str, object], ...]]:
+    """Every two axes with their values."""
+    return set(combinations([(axis, getattr(layout, axis)) for axis in AXES], 2))
