@@ -157,7 +157,11 @@ def test_batches_keep_all_records_in_order() -> None:
         ("missing.jsonl", None, "no such file or folder"),
         ("a.csv", b"1", "is of an unknown type; expected .txt, .jsonl, .jsonl.gz"),
         ("a.jsonl.gz", b"garbage", "cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 100, mtime=0)[:-4], "cannot be read: Compressed file ended"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"x" * 100, mtime=0)[:-4],
+            "cannot be read: Compressed file ended",
+        ),
         ("a.jsonl", b"bad\n", "no text in the input: 1 bad records"),
         ("a.jsonl", b"", "no text in the input: 0 bad records"),
     ],
