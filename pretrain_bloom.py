@@ -3,6 +3,8 @@
 python pretrain_bloom.py --config run.yaml [--section.key value ...]
 torchrun --nproc_per_node 2 pretrain_bloom.py --config run.yaml --parallel.tensor 2
 python pretrain_bloom.py --config run.yaml --dry_run 80
+
+Other launchers are in docs/launching.md.
 """
 
 import logging
@@ -11,8 +13,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron.config import Config, load_config
-from megatron.errors import RunError, StoppedOnRequestError
-from megatron.launch import leave, read_environment
+from megatron.errors import PeerError, RunError, StoppedOnRequestError
+from megatron.launch import leave, let_cause_be_seen, read_environment, take_local_rank
 from megatron.log import setup_logging
 from megatron.training.dry_run import dry_run
 from megatron.training.dry_run_report import DryRunRequest, dry_run_report, take_request
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     speaks_for_all = True
     try:
         speaks_for_all = read_environment().rank == 0
-        request, options = take_request(sys.argv[1:] if argv is None else argv)
+        request, options = take_request(take_local_rank(sys.argv[1:] if argv is None else argv))
         config = load_config(options)
         if request is None:
             Trainer(config).train()
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if speaks_for_all or not error.on_every_rank:
             asked_for = isinstance(error, StoppedOnRequestError)
             logger.log(logging.INFO if asked_for else logging.ERROR, "%s", error)
+        if isinstance(error, PeerError):
+            let_cause_be_seen()
         # An ordinary exit would wait for threads that wait for lost peers.
         leave(error.exit_code)
     sys.exit(0)

@@ -4,8 +4,11 @@ A launcher such as torchrun, or a cluster's own, starts one process for each ran
 the others through the environment:
 
     RANK, WORLD_SIZE            which of how many; a process without them is alone
-    LOCAL_RANK                  which of those on this machine: its GPU
+    LOCAL_RANK                  which of those on this machine: its GPU; RANK where it is not set
     MASTER_ADDR, MASTER_PORT    where rank 0 listens
+
+Slurm's srun names the first three SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID. They are read where
+neither RANK nor WORLD_SIZE is set. docs/launching.md has an example for every launcher.
 """
 
 import logging
@@ -15,7 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +37,24 @@ from mpu import ParallelDims, ParallelGroups, build_groups
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.1
+_NOTICE_SECONDS = 1.5
+"""Within which a launcher notices that a process has ended; deepspeed looks once a second."""
+_MOST_PORT = 65535
+
+
+@dataclass(frozen=True)
+class _Variables:
+    """The names under which a launcher tells a rank what it is."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    example: str
+    """What sets MASTER_ADDR and MASTER_PORT too."""
+
+
+_COMMON = _Variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun")
+_SLURM = _Variables("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "examples/launch/slurm.sbatch")
 
 
 @dataclass(frozen=True)
@@ -62,29 +84,76 @@ def read_environment() -> RankEnvironment:
     Raises:
         ConfigError: if a variable is missing, not a number, or out of range.
     """
-    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+    names = _find_variables()
+    if names is None:
         return RankEnvironment()
-    world_size = _read_number(os.environ, "WORLD_SIZE", least=1)
-    rank = _read_number(os.environ, "RANK", least=0)
+    world_size = _read_number(names.world_size, least=1)
+    rank = _read_number(names.rank, least=0)
     if rank >= world_size:
-        raise ConfigError(f"RANK ({rank}) must be below WORLD_SIZE ({world_size})")
-    local_rank = rank
-    if "LOCAL_RANK" in os.environ:
-        local_rank = _read_number(os.environ, "LOCAL_RANK", least=0)
+        raise ConfigError(f"{names.rank} ({rank}) must be below {names.world_size} ({world_size})")
+    told = names.local_rank in os.environ
+    local_rank = _read_number(names.local_rank, least=0) if told else rank
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         return RankEnvironment()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise ConfigError(f"{name} must be set with WORLD_SIZE {world_size}; torchrun does so")
-    port = _read_number(os.environ, "MASTER_PORT", least=1)
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"{name} must be set with {names.world_size} {world_size}; {names.example} does so"
+            )
+    port = _read_number("MASTER_PORT", least=1, most=_MOST_PORT)
     return RankEnvironment(rank, world_size, local_rank, f"{os.environ['MASTER_ADDR']}:{port}")
 
 
-def _read_number(environment: Mapping[str, str], name: str, least: int) -> int:
-    text = environment.get(name)
-    if text is None or not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {text!r}")
-    return int(text)
+def _find_variables() -> _Variables | None:
+    """The names that the launcher of this process uses; None without a launcher."""
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return _COMMON
+    # The script of a batch job has SLURM_PROCID and SLURM_NTASKS too, but is no task of srun.
+    return _SLURM if "SLURM_STEP_ID" in os.environ else None
+
+
+def _read_number(name: str, least: int, most: int | None = None) -> int:
+    return _check_number(name, os.environ.get(name), least, most)
+
+
+def _check_number(name: str, text: str | None, least: int, most: int | None = None) -> int:
+    number = int(text) if text is not None and text.isdecimal() else -1
+    if number < least or (most is not None and number > most):
+        rule = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} must be a whole number {rule}, got {text!r}")
+    return number
+
+
+def take_local_rank(argv: Sequence[str]) -> list[str]:
+    """Take ``--local_rank N`` out of the arguments ``argv``, and return what is left.
+
+    The deepspeed launcher adds it, and so did torch's before there was LOCAL_RANK. It has to agree
+    with LOCAL_RANK, and becomes LOCAL_RANK where the launcher sets none.
+
+    Raises:
+        ConfigError: if it is not a number, or not LOCAL_RANK.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--local_rank", "--local-rank", nargs="?", const="")
+    found, options = parser.parse_known_args(argv)
+    if found.local_rank is not None:
+        given = _check_number("--local_rank", found.local_rank, least=0)
+        os.environ.setdefault("LOCAL_RANK", str(given))
+        told = _read_number("LOCAL_RANK", least=0)
+        if given != told:
+            raise ConfigError(f"--local_rank ({given}) must be LOCAL_RANK ({told})")
+    return options
+
+
+def export_for_deepspeed(environment: RankEnvironment, device: torch.device) -> None:
+    """Set what DeepSpeed reads from the environment by itself, before it is imported.
+
+    LOCAL_RANK, where the launcher has set none, as srun and plain python; rank and world size
+    DeepSpeed takes from the process group that is there. DS_ACCELERATOR, so that it takes the
+    device of the run and not another one that it finds.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    os.environ["DS_ACCELERATOR"] = device.type
 
 
 @contextmanager
@@ -115,6 +184,15 @@ def launched(
         # A rank that left early would cut the connections that its peers still use.
         dist.barrier()
     dist.destroy_process_group()
+
+
+def let_cause_be_seen() -> None:
+    """Wait a moment in a rank that lost another, before it leaves.
+
+    A launcher ends all ranks when it sees the first that failed, and some give back its exit code.
+    That must be the one that failed by itself, not one that failed in consequence.
+    """
+    time.sleep(_NOTICE_SECONDS)
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -158,7 +236,9 @@ def _open_store(config: LaunchConfig, environment: RankEnvironment) -> Store:
         _await_first_rank(config, environment)
     timeout = timedelta(seconds=config.startup_timeout)
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store, _, _ = next(
+            rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)
+        )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise

@@ -10,6 +10,8 @@ object is made; what depends on the number of ranks, by ``Config.layout``.
 """
 
 from megatron.config.data import DataConfig
+from megatron.config.deepspeed import deepspeed_values
+from megatron.config.engine import EngineConfig
 from megatron.config.model import (
     BACKENDS_WITH_DROPOUT,
     Activation,
@@ -41,6 +43,7 @@ __all__ = [
     "Config",
     "DTYPES",
     "DataConfig",
+    "EngineConfig",
     "LaunchConfig",
     "LogConfig",
     "LossScaleConfig",
@@ -54,5 +57,6 @@ __all__ = [
     "TrainConfig",
     "config_from_dict",
     "config_to_dict",
+    "deepspeed_values",
     "load_config",
 ]

@@ -28,7 +28,6 @@ _OWN_OPTIONS = ("config", "help", "print_config")
 _WORDS: dict[Any, str] = {
     NoneType: "null",
     bool: "true or false",
-    dict: "a mapping of names to numbers",
     float: "a number",
     int: "a whole number",
     Path: "a path",
@@ -187,6 +186,8 @@ def _expected(hint: Any) -> str:
         return f"{'one of ' if len(parts) > 1 else ''}{', '.join(map(str, parts))}"
     if origin in (UnionType, Union):
         return " or ".join(map(_expected, parts))
+    if origin is dict:
+        return f"a mapping of names to {'values' if parts[1] is Any else 'numbers'}"
     if origin is tuple:
         return f"a list of {len(parts)} numbers"
     return _WORDS[origin or hint]

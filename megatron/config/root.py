@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.data import DataConfig
+from megatron.config.deepspeed import check_deepspeed
+from megatron.config.engine import EngineConfig
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.parser import config_from_values, parse_config
@@ -28,6 +30,7 @@ class Config:
     train: TrainConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -57,6 +60,7 @@ class Config:
         )
         if self.train.fp8:
             self._check_fp8()
+        self._check_engine()
 
     def _check_fp8(self) -> None:
         """GPUs multiply fp8 in blocks of 16 along all but one dimension of a product."""
@@ -69,6 +73,15 @@ class Config:
         require(
             not self.parallel.symmetric_memory,
             "train.fp8 needs parallel.symmetric_memory false, got true: its operators are of bf16",
+        )
+
+    def _check_engine(self) -> None:
+        engine = self.engine
+        if engine.name == "deepspeed":
+            check_deepspeed(engine, self.parallel, self.train, self.optimizer)
+        require(
+            engine.name == "deepspeed" or not engine.deepspeed,
+            f"engine.deepspeed needs engine.name deepspeed, got {engine.name}",
         )
 
     def layout(self, world_size: int) -> ParallelDims:

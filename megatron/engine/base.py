@@ -5,8 +5,9 @@ once, outside, and works with any engine.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from megatron.model.inputs import ModelInputs
 from mpu import Axis, HeldBox
@@ -49,23 +50,8 @@ class NamedState:
     copied_over: tuple[Axis, ...] = ()
 
 
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes that this rank holds between steps.
-
-    Attributes:
-        weights: what the model computes with.
-        gradients: what the gradients of a step are added up in.
-        optimizer: moments, and main weights where they are kept apart.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+Read: TypeAlias = Callable[[Sequence[NamedState]], None]
+"""Fills the boxes of the state, which may be copies, to be written back afterwards."""
 
 
 class Engine(ABC):
@@ -96,13 +82,12 @@ class Engine(ABC):
         """Weights and optimizer state, in full precision."""
 
     @abstractmethod
-    def state_bytes(self) -> StateBytes:
-        """How much memory the state takes on this rank. Not collective."""
-
-    @abstractmethod
     def scalars(self) -> dict[str, float]:
         """The rest of the state, the same on all ranks: at least "updates", how many were made."""
 
     @abstractmethod
-    def state_loaded(self, scalars: Mapping[str, float]) -> None:
-        """Take over the state that was written to ``named_state``, and ``scalars``."""
+    def load_state(self, read: Read, scalars: Mapping[str, float]) -> None:
+        """Let ``read`` write to the boxes of ``named_state``, and take over that and ``scalars``.
+
+        What ``read`` raises is passed on.
+        """

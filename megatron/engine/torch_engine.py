@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config import Backend, Config
-from megatron.engine.base import Engine, NamedState, StateBytes, StepResult
+from megatron.engine.base import Engine, NamedState, Read, StepResult
 from megatron.engine.pipeline import Pipeline
 from megatron.errors import NonFiniteError
 from megatron.model.init import build_model, init_parameter
@@ -23,6 +23,25 @@ from megatron.optim.loss_scaler import LossScaler
 from megatron.optim.parameters import Parameters
 from mpu import ParallelGroups, RngStreams
 from mpu.deferral import DeferringProducts
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that this rank holds between steps.
+
+    Attributes:
+        weights: what the model computes with.
+        gradients: what the gradients of a step are added up in.
+        optimizer: moments, and main weights where they are kept apart.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
 
 
 class TorchEngine(Engine):
@@ -103,6 +122,7 @@ class TorchEngine(Engine):
         return state
 
     def state_bytes(self) -> StateBytes:
+        """How much memory the state takes on this rank. Not collective."""
         decayed, others = self._parameters.main()
         mains = [*decayed, *others]
         moments = [moment(self._optimizer, main, name) for main in mains for name in MOMENTS]
@@ -116,7 +136,8 @@ class TorchEngine(Engine):
         scaler = {} if self._scaler is None else self._scaler.state()
         return {"updates": self._updates, **scaler}
 
-    def state_loaded(self, scalars: Mapping[str, float]) -> None:
+    def load_state(self, read: Read, scalars: Mapping[str, float]) -> None:
+        read(self.named_state())
         self._parameters.publish()
         self._updates = int(scalars["updates"])
         set_step(self._optimizer, self._updates)

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.optim.parameters import Fill, Held, Parameters
+from megatron.optim.held import Held, counts, flat_boxes, held_by
+from megatron.optim.parameters import Fill, Parameters
 from mpu import (
     HeldBox,
     ParallelGroups,
@@ -132,8 +133,10 @@ class FlatParameters(Parameters):
                 first, stop = max(entry.start, main.start), min(entry.stop, main.stop)
                 if first < stop:
                     flat = of(main.parameter).detach()[first - main.start : stop - main.start]
-                    boxes += self._boxes(entry.spec, first - entry.start, flat)
-            yield self._held(entry.name, entry.spec, boxes)
+                    boxes += flat_boxes(entry.spec, self._groups, first - entry.start, flat)
+            yield held_by(
+                self._groups, entry.name, entry.spec, boxes, cut_over_data=self._cut_over_data
+            )
 
     def weights(self) -> list[Tensor]:
         return [self._weights]
@@ -167,7 +170,7 @@ class FlatParameters(Parameters):
             all_gather_in_place(self._weights, self._groups.data)
 
     def _counted(self) -> list[Tensor]:
-        own = (self._own(entry) for entry in self._entries if self._counts(entry.spec))
+        own = (self._own(entry) for entry in self._entries if counts(entry.spec, self._groups))
         return [self._gradients[first:stop] for first, stop in own if first < stop]
 
     @property

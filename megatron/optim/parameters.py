@@ -13,39 +13,21 @@ parameter lie in them. The model computes with weights of its own precision, whi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mpu import Axis, HeldBox, ParallelGroups, Piece, ShardSpec
+from megatron.optim.held import Held
+from mpu import ParallelGroups
 
 Fill: TypeAlias = Callable[[str, nn.Parameter], None]
 """Gives this rank's part of the parameter of that name its value."""
 
 _NORM_ELEMENTS = 2**24
 """Elements whose squares are summed up in the precision of the gradient; more are in float64."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """What this rank holds of one logical parameter.
-
-    Attributes:
-        boxes: parts of it, in no order; there may be none.
-        owned: this rank saves the boxes; of the ranks that hold equal ones, exactly one does.
-        copied_over: axes of the rank grid along which all ranks hold equal boxes.
-    """
-
-    name: str
-    spec: ShardSpec
-    boxes: tuple[HeldBox, ...]
-    owned: bool
-    copied_over: tuple[Axis, ...]
 
 
 class Parameters(ABC):
@@ -117,70 +99,3 @@ class Parameters(ABC):
     @abstractmethod
     def _cut_over_data(self) -> bool:
         """Whether each data rank holds a part of the reduced gradients."""
-
-    def _counts(self, spec: ShardSpec) -> bool:
-        """Whether this rank's part of a parameter counts for the norm, and is saved.
-
-        What the data ranks hold is another question.
-        """
-        return not spec.tied_copy and (spec.dim is not None or self._groups.tensor.rank() == 0)
-
-    def _held(self, name: str, spec: ShardSpec, boxes: Iterable[HeldBox]) -> Held:
-        copied_over: list[Axis] = []
-        if spec.dim is None:
-            copied_over.append("tensor")
-        if not self._cut_over_data:
-            copied_over.append("data")
-        if spec.tied:
-            copied_over.append("embedding")
-        alone = self._cut_over_data or self._groups.data.rank() == 0
-        return Held(name, spec, tuple(boxes), alone and self._counts(spec), tuple(copied_over))
-
-    def _boxes(self, spec: ShardSpec, start: int, flat: Tensor) -> Iterator[HeldBox]:
-        """The boxes in ``flat``: a part of this rank's tensor, from element ``start`` on."""
-        group = self._groups.tensor
-        shape = spec.local_shape(group.size())
-        for box_start, box in _cut_flat(shape, start, flat):
-            for piece in spec.pieces(group.rank(), group.size()):
-                yield from _intersect(box_start, box, piece)
-
-
-def _cut_flat(
-    shape: Sequence[int], start: int, flat: Tensor
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Cut a part of a flattened tensor of one or two dimensions into boxes with their starts.
-
-    Those are the end of a row, whole rows, and the beginning of a row.
-    """
-    width = prod(shape[1:])
-    stop = start + flat.numel()
-    head_stop = min(stop, -(-start // width) * width)
-    body_stop = max(head_stop, stop // width * width)
-    for first, last in ((start, head_stop), (head_stop, body_stop), (body_stop, stop)):
-        if first == last:
-            continue
-        part = flat[first - start : last - start]
-        if len(shape) == 1:
-            yield (first,), part
-        else:
-            row, column = divmod(first, width)
-            yield (row, column), part.view(-1, min(width, last - first))
-
-
-def _intersect(start: tuple[int, ...], box: Tensor, piece: Piece) -> Iterator[HeldBox]:
-    """The part of a box of the local tensor that lies in ``piece``, if there is one."""
-    ends = [a + n for a, n in zip(start, box.shape, strict=True)]
-    firsts = [max(a, b) for a, b in zip(start, piece.local_start, strict=True)]
-    lasts = [
-        min(end, b + n) for end, b, n in zip(ends, piece.local_start, piece.shape, strict=True)
-    ]
-    if any(first >= last for first, last in zip(firsts, lasts, strict=True)):
-        return
-    inside = tuple(
-        slice(first - a, last - a) for first, last, a in zip(firsts, lasts, start, strict=True)
-    )
-    logical = tuple(
-        first - b + whole
-        for first, b, whole in zip(firsts, piece.local_start, piece.start, strict=True)
-    )
-    yield HeldBox(logical, box[inside])

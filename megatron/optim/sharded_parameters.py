@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from megatron.optim.parameters import Fill, Held, Parameters
+from megatron.optim.held import Held, counts, flat_boxes, held_by
+from megatron.optim.parameters import Fill, Parameters
 from mpu import ParallelGroups, ShardSpec, set_shard_spec, shard_spec
 
 
@@ -107,8 +108,10 @@ class ShardedParameters(Parameters):
         for entry in self._entries:
             empty = entry.main.numel() == 0
             flat = None if empty else of(entry.main).detach().view(-1)
-            boxes = () if flat is None else self._boxes(entry.spec, entry.start, flat)
-            yield self._held(entry.name, entry.spec, boxes)
+            boxes = () if flat is None else flat_boxes(entry.spec, self._groups, entry.start, flat)
+            yield held_by(
+                self._groups, entry.name, entry.spec, boxes, cut_over_data=self._cut_over_data
+            )
 
     def weights(self) -> list[Tensor]:
         return [entry.main.detach() for entry in self._entries]
@@ -140,7 +143,9 @@ class ShardedParameters(Parameters):
         return [
             entry.main.grad
             for entry in self._entries
-            if entry.main.grad is not None and entry.main.numel() > 0 and self._counts(entry.spec)
+            if entry.main.grad is not None
+            and entry.main.numel() > 0
+            and counts(entry.spec, self._groups)
         ]
 
     @property

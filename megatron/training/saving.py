@@ -1,7 +1,7 @@
 """Saving a run, and going on from a save at any layout."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from megatron.checkpoint.format import StateTensor
 from megatron.checkpoint.load import CheckpointReader, open_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config import Config, config_to_dict
-from megatron.engine.base import Engine
+from megatron.engine.base import Engine, NamedState
 from megatron.errors import CheckpointError
 from megatron.launch import Launch
 from megatron.together import run_on_first
@@ -66,7 +66,7 @@ class RunCheckpoints:
         path = save_checkpoint(
             self._folder,
             progress.step,
-            list(state_tensors(self._engine)),
+            state_tensors(self._engine.named_state()),
             state={
                 "step": progress.step,
                 "consumed_samples": progress.consumed_samples,
@@ -91,9 +91,10 @@ class RunCheckpoints:
             logger.info("fresh start: no save in %s", self._folder)
             return Progress()
         _check_config(reader, config_to_dict(self._config))
-        reader.read_into(state_tensors(self._engine))
+        self._engine.load_state(
+            lambda state: reader.read_into(state_tensors(state)), reader.state["engine"]
+        )
         progress = Progress(int(reader.state["step"]), int(reader.state["consumed_samples"]))
-        self._engine.state_loaded(reader.state["engine"])
         logger.info("resumed from %s, saved at layout %s", reader.path, dict(reader.layout))
         return progress
 
@@ -126,10 +127,9 @@ def _find_newest(config: Config) -> Path | None:
     return latest
 
 
-def state_tensors(engine: Engine) -> Iterator[StateTensor]:
-    """What this rank holds of the state."""
-    for state in engine.named_state():
-        yield StateTensor(state.kind, state.name, state.shape, state.boxes, state.owned)
+def state_tensors(state: Iterable[NamedState]) -> list[StateTensor]:
+    """What an engine calls its state, as checkpoints call it."""
+    return [StateTensor(it.kind, it.name, it.shape, it.boxes, it.owned) for it in state]
 
 
 def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:

@@ -9,15 +9,15 @@ import yaml
 from megatron.config import Config, config_to_dict
 from megatron.data.loader import Split
 from megatron.engine.base import Engine
-from megatron.engine.torch_engine import TorchEngine
 from megatron.errors import ConfigError, DiskError, NonFiniteError, StoppedOnRequestError
-from megatron.launch import Launch, launched, read_environment
+from megatron.launch import Launch, RankEnvironment, launched, read_environment
 from megatron.log import setup_logging
 from megatron.optim.schedule import batch_plan, global_batch_size, learning_rate
 from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.attention_choice import choose_backend
 from megatron.training.batches import BatchReader
+from megatron.training.engine_choice import build_engine, check_engine
 from megatron.training.micro_batch import EngineTrial, choose_micro_batch
 from megatron.training.replicas import check_replicas
 from megatron.training.reporter import Reporter
@@ -40,8 +40,9 @@ class Trainer:
         """
         environment = read_environment()
         setup_logging(environment.rank)
+        check_engine(self.config)
         with launched(self.config.layout, self.config.launch, environment) as launch:
-            run = _Run(self.config, launch)
+            run = _Run(self.config, launch, environment)
             with closing(run):
                 run.go()
 
@@ -49,7 +50,7 @@ class Trainer:
 class _Run:
     """The parts of a run on this rank. Collective, from its making on."""
 
-    def __init__(self, config: Config, launch: Launch) -> None:
+    def __init__(self, config: Config, launch: Launch, environment: RankEnvironment) -> None:
         world = dist.group.WORLD
         self._config = config
         self._groups = launch.groups
@@ -67,7 +68,7 @@ class _Run:
         saved = {} if newest is None else newest.state
         attention = choose_backend(config, launch.device, saved, group=world)
         self._engine: Engine = run_everywhere(
-            lambda: TorchEngine(config, launch.groups, launch.device, attention.backend), world
+            lambda: build_engine(config, launch, environment, attention.backend), world
         )
         micro_batch = choose_micro_batch(
             config,

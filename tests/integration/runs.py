@@ -32,15 +32,14 @@ from megatron.training.metrics import METRICS_FILE, Record, read_metrics
 from megatron.training.progress import Progress
 from megatron.training.reporter import Reporter
 from megatron.training.saving import CHECKPOINTS
-from tests import distributed
+from tests.distributed import preload
 
 VOCAB_SIZE = 509
 SEQ_LENGTH = 32
 TIMEOUT = 60.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# All that tests.distributed has imported first, and the program itself.
-multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", distributed.__name__, __name__])
+preload(__name__)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ At each change the whole state is bit for bit what was saved, and the losses are
 never changed, to rounding.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,8 +20,9 @@ from tests.figures import Figure
 from tests.megatron.engine.training import (
     CPU,
     GLOBAL_BATCH,
+    Dtype,
     Layout,
-    build_engine,
+    build_any_engine,
     join_states,
     make_config,
     run_training,
@@ -27,6 +30,7 @@ from tests.megatron.engine.training import (
 )
 
 TOLERANCE = 1e-12
+FP32_TOLERANCE = 1e-5
 STEPS = 3
 """Of each layout."""
 
@@ -42,12 +46,37 @@ CHAIN = [
 ]
 
 
+# DeepSpeed computes in fp32 at most.
+ENGINES = [
+    Layout(micro_batch=2),
+    Layout(data=2, zero=1, engine="deepspeed"),
+    Layout(tensor=2, data=2, zero=3, sequence=True, engine="deepspeed"),
+    Layout(pipeline=2, micro_batch=2),
+    Layout(pipeline=2, zero=1, micro_batch=2, engine="deepspeed"),
+    Layout(tensor=2, engine="deepspeed"),
+]
+
+
 def test_a_run_changes_its_layout_seven_times(tmp_path: Path, figure: Figure) -> None:
-    want = run_training(CHAIN[0], STEPS * len(CHAIN))
+    worst = go_through(CHAIN, "fp64", tmp_path)
+    figure("a chain of 8 layouts", differing_bits=0, **worst)
+    assert max(worst.values()) <= TOLERANCE
+
+
+def test_a_run_changes_its_engine(tmp_path: Path, figure: Figure) -> None:
+    pytest.importorskip("deepspeed", reason="the package deepspeed is optional")
+    worst = go_through(ENGINES, "fp32", tmp_path)
+    figure("a chain of 6 layouts on 2 engines", differing_bits=0, **worst)
+    assert max(worst.values()) <= FP32_TOLERANCE
+
+
+def go_through(chain: Sequence[Layout], dtype: Dtype, folder: Path) -> dict[str, float]:
+    """Train at each layout in turn; how far the run is from one that never changed."""
+    want = run_training(chain[0], STEPS * len(chain), dtype)
     results: list[StepResult] = []
     saved: dict[str, torch.Tensor] = {}
-    for layout in CHAIN:
-        ranks = run_ranks(layout.world_size, go_on, layout, tmp_path)
+    for layout in chain:
+        ranks = run_ranks(layout.world_size, go_on, layout, dtype, folder)
         loaded = join_states([rank[0] for rank in ranks])
         if saved:
             assert loaded.keys() == saved.keys()
@@ -56,20 +85,18 @@ def test_a_run_changes_its_layout_seven_times(tmp_path: Path, figure: Figure) ->
         results += ranks[0][1]
         saved = join_states([rank[2] for rank in ranks])
     steps = list(zip(results, want.results, strict=True))
-    worst = {
+    return {
         "loss": max(abs(got.loss / want.loss - 1) for got, want in steps),
         "norm": max(abs(got.grad_norm / want.grad_norm - 1) for got, want in steps),
     }
-    figure("a chain of 8 layouts", differing_bits=0, **worst)
-    assert max(worst.values()) <= TOLERANCE
 
 
 def go_on(
-    layout: Layout, folder: Path
+    layout: Layout, dtype: Dtype, folder: Path
 ) -> tuple[list[NamedState], list[StepResult], list[NamedState]]:
     """The state that was opened, the next steps, and the state that is saved."""
-    config = replace(make_config(layout), folder=folder)
-    engine, groups = build_engine(config)
+    config = replace(make_config(layout, dtype), folder=folder)
+    engine, groups = build_any_engine(config)
     launch = Launch(dist.get_rank(), dist.get_world_size(), CPU, groups)
     checkpoints = RunCheckpoints(config, launch, engine, None, {})
     progress = checkpoints.resume(open_newest(config))

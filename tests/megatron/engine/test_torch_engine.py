@@ -4,7 +4,7 @@ That training is the same at all of them is tested in test_layouts.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -141,11 +141,14 @@ def check_loaded_state(layout: Layout, dtype: Any, optimizer: Any) -> None:
     want = list(train(engine, config, groups, range(3, 6)))
 
     other, other_groups = build_engine(config)
-    for state in other.named_state():
-        for box in state.boxes:
-            saved_box = saved[f"{state.kind} of {state.name} from {box.start}"]
-            box.tensor.detach().copy_(saved_box)
-    other.state_loaded(scalars)
+
+    def read(states: Sequence[NamedState]) -> None:
+        for state in states:
+            for box in state.boxes:
+                saved_box = saved[f"{state.kind} of {state.name} from {box.start}"]
+                box.tensor.detach().copy_(saved_box)
+
+    other.load_state(read, scalars)
     assert list(train(other, config, other_groups, range(3, 6))) == want
     assert_same_state(state_of(other), state_of(engine))
     assert other.scalars() == engine.scalars()

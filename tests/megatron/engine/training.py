@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.config import (
     Config,
     DataConfig,
+    EngineConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -19,7 +20,7 @@ from megatron.config import (
     TrainConfig,
 )
 from megatron.data.sampler import microbatch_samples
-from megatron.engine.base import NamedState, StepResult
+from megatron.engine.base import Engine, NamedState, StepResult
 from megatron.engine.torch_engine import TorchEngine
 from megatron.model.inputs import ModelInputs, build_inputs
 from megatron.optim.schedule import learning_rate
@@ -30,6 +31,12 @@ from tests.shards import region
 VOCAB, SEQ, NUM_LAYERS, NUM_HEADS, EOD = 101, 16, 4, 4, 5
 GLOBAL_BATCH = 8
 CPU = torch.device("cpu")
+
+
+Dtype: TypeAlias = Literal["fp32", "bf16", "fp16", "fp64"]
+
+# DeepSpeed's option that keeps the optimizer's state in the memory of the CPU.
+_OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Layout:
     tied: bool = True
     recompute: Recompute = "none"
     num_layers: int = NUM_LAYERS
+    engine: Literal["torch", "deepspeed"] = "torch"
+    offload: bool = False
 
     def __str__(self) -> str:
         words = [f"tensor {self.tensor}{' sequence' if self.sequence else ''}"]
@@ -55,6 +64,8 @@ class Layout:
         words.append(f"data {self.data}{f' zero {self.zero}' if self.zero else ''}")
         words += [] if self.tied else ["untied"]
         words += [] if self.recompute == "none" else [f"recompute {self.recompute}"]
+        words += [] if self.engine == "torch" else [self.engine]
+        words += ["offload"] if self.offload else []
         words.append(f"accumulation {GLOBAL_BATCH // self.data // self.micro_batch}")
         return ", ".join(words)
 
@@ -65,7 +76,7 @@ class Layout:
 
 def make_config(
     layout: Layout,
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp64",
+    dtype: Dtype = "fp64",
     layernorm: Literal["torch", "apex"] = "torch",
     optimizer: Literal["adamw", "apex_adamw"] = "adamw",
 ) -> Config:
@@ -102,6 +113,7 @@ def make_config(
             schedule=layout.schedule,
             chunks=layout.chunks,
         ),
+        engine=EngineConfig(name=layout.engine, deepspeed=_OFFLOAD if layout.offload else {}),
         optimizer=OptimizerConfig(
             name=optimizer,
             lr=1e-2,
@@ -142,8 +154,23 @@ def _sample(number: int) -> torch.Tensor:
     return tokens
 
 
+def build_deepspeed_engine(config: Config) -> tuple[Engine, ParallelGroups]:
+    """The engine of this rank, on DeepSpeed."""
+    from megatron.engine.deepspeed.engine import DeepSpeedEngine
+
+    groups = build_groups(config.layout(dist.get_world_size()))
+    return DeepSpeedEngine(config, groups, CPU, "blocked"), groups
+
+
+def build_any_engine(config: Config) -> tuple[Engine, ParallelGroups]:
+    """The engine of this rank that ``config`` names."""
+    if config.engine.name == "deepspeed":
+        return build_deepspeed_engine(config)
+    return build_engine(config)
+
+
 def train(
-    engine: TorchEngine, config: Config, groups: ParallelGroups, steps: range
+    engine: Engine, config: Config, groups: ParallelGroups, steps: range
 ) -> Iterator[StepResult]:
     """Make the steps of a run from ``steps.start`` on."""
     for step in steps:
@@ -161,9 +188,9 @@ class Run:
     state: dict[str, torch.Tensor]
 
 
-def run_training(layout: Layout, num_steps: int) -> Run:
-    """Train in float64; fails if ranks report or hold different things."""
-    ranks = run_ranks(layout.world_size, _train_rank, layout, num_steps)
+def run_training(layout: Layout, num_steps: int, dtype: Dtype = "fp64") -> Run:
+    """Train; fails if ranks report or hold different things."""
+    ranks = run_ranks(layout.world_size, _train_rank, layout, num_steps, dtype)
     assert all(rank[:2] == ranks[0][:2] for rank in ranks), "ranks report different numbers"
     results, evaluation, _ = ranks[0]
     return Run(results, evaluation, join_states([state for *_, state in ranks]))
@@ -191,9 +218,11 @@ def join_states(ranks: Sequence[Sequence[NamedState]]) -> dict[str, torch.Tensor
     return whole
 
 
-def _train_rank(layout: Layout, num_steps: int) -> tuple[list[StepResult], float, list[NamedState]]:
-    config = make_config(layout)
-    engine, groups = build_engine(config)
+def _train_rank(
+    layout: Layout, num_steps: int, dtype: Dtype
+) -> tuple[list[StepResult], float, list[NamedState]]:
+    config = make_config(layout, dtype)
+    engine, groups = build_any_engine(config)
     results = list(train(engine, config, groups, range(num_steps)))
     evaluation = engine.evaluate(microbatches(config, num_steps, groups))
     return results, evaluation, engine.named_state()

@@ -12,7 +12,8 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from megatron.optim.parameters import Held, Parameters
+from megatron.optim.held import Held
+from megatron.optim.parameters import Parameters
 from mpu import ParallelDims, ParallelGroups, ShardSpec, build_groups, set_shard_spec, shard_spec
 from tests.shards import box, cut, region
 

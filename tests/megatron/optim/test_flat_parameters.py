@@ -10,7 +10,8 @@ from torch.distributed import ProcessGroup
 
 from megatron.optim import flat_parameters
 from megatron.optim.flat_parameters import FlatParameters
-from megatron.optim.parameters import Held, Parameters
+from megatron.optim.held import Held
+from megatron.optim.parameters import Parameters
 from mpu import ParallelDims, ParallelGroups, build_groups
 from tests.distributed import run_ranks
 from tests.megatron.optim.keeping import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron.config import Config
-from megatron.engine.base import Engine, NamedState, StateBytes, StepResult
+from megatron.engine.base import Engine, NamedState, Read, StepResult
 from megatron.errors import CheckpointError
 from megatron.model.inputs import ModelInputs
 from megatron.training.attention_choice import AttentionChoice, choose_backend
@@ -37,13 +37,11 @@ class TwoTensors(Engine):
             NamedState("whole", "weight", (3,), (HeldBox((0,), self.whole),), owned=True),
         ]
 
-    def state_bytes(self) -> StateBytes:
-        raise NotImplementedError
-
     def scalars(self) -> dict[str, float]:
         return {"updates": self.updates}
 
-    def state_loaded(self, scalars: Mapping[str, float]) -> None:
+    def load_state(self, read: Read, scalars: Mapping[str, float]) -> None:
+        read(self.named_state())
         self.updates = scalars["updates"]
 
     def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:

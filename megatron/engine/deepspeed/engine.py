@@ -1,0 +1,244 @@
+"""The engine on DeepSpeed: ZeRO 0 to 3, offloading, and its pipeline.
+
+DeepSpeed drives forward, backward and the update, of the same model, with the same optimizer and
+over the same process groups. How it is built is in ``build.py``, where it keeps the training state
+in ``state.py``.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.config import Backend, Config
+from megatron.engine.base import Engine, NamedState, Read, StepResult
+from megatron.engine.deepspeed.build import build_optimizer, initialize, prepare_model
+from megatron.engine.deepspeed.pipeline import PipelineStage, Streams, no_dropout
+from megatron.engine.deepspeed.scale import load_scale, scale_state
+from megatron.engine.deepspeed.state import KINDS, WEIGHT, Part, build_state
+from megatron.errors import NonFiniteError
+from megatron.model.init import init_parameter
+from megatron.model.inputs import ModelInputs
+from megatron.model.placement import Placement, build_placement
+from megatron.optim.held import counts, flat_boxes, held_by
+from mpu import ParallelGroups, RngStreams, set_shard_spec, shard_spec
+
+
+class DeepSpeedEngine(Engine):
+    """See ``Engine``.
+
+    Args:
+        config: of the run.
+        groups: of this rank.
+        device: where the model lives.
+        backend: how attention is computed.
+    """
+
+    def __init__(
+        self, config: Config, groups: ParallelGroups, device: torch.device, backend: Backend
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._device = device
+        placement = build_placement(config, groups.tensor, device)
+        model = prepare_model(config, placement, groups, device, backend)
+        self._parameters = dict(model.named_parameters())
+        self._specs = {name: shard_spec(item) for name, item in self._parameters.items()}
+        self._stage = PipelineStage(model, groups) if groups.pipeline.size() > 1 else None
+        self._optimizer = build_optimizer(self._parameters.values(), config.optimizer)
+        self._optimizer.register_step_pre_hook(lambda *_: self._before_update())
+        self._engine: Any = initialize(config, groups, self._stage or model, self._optimizer)
+        self._state = build_state(self._engine.optimizer, self._optimizer, config.parallel.zero)
+        self._initialise(placement)
+        self._is_trial = False
+        self._own_norm = math.nan
+        self._updates = 0
+
+    def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scale = self._loss_scaler
+        can_scale = scale is not None and scale.cur_scale > scale.min_scale
+        result = self._step(list(microbatches))
+        self._updates += not result.skipped
+        if result.skipped and not can_scale:
+            raise NonFiniteError(
+                f"loss {result.loss} and gradient norm {result.grad_norm} must be finite; "
+                "the weights are as before this step",
+                on_every_rank=True,
+            )
+        return result
+
+    def trial(self, microbatches: Iterable[ModelInputs]) -> None:
+        scalars = self.scalars()
+        self._is_trial = True
+        self._step(list(microbatches))
+        self._is_trial = False
+        self._load_scalars(scalars)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Iterable[ModelInputs]) -> float:
+        batches = self._as_means(list(microbatches))
+        self._engine.eval()
+        loss = self._evaluate(batches)
+        self._engine.train()
+        return self._mean_over_run(loss, len(batches))
+
+    def named_state(self) -> list[NamedState]:
+        return list(self._named_state(self._parts()))
+
+    def load_state(self, read: Read, scalars: Mapping[str, float]) -> None:
+        parts = self._parts()
+        read(list(self._named_state(parts)))
+        for (name, kind), part in parts.items():
+            if part is not None:
+                self._state.write(self._parameters[name], kind, part)
+        self._state.publish()
+        self._load_scalars(scalars)
+
+    def scalars(self) -> dict[str, float]:
+        scaler = self._loss_scaler
+        return {"updates": self._updates, **({} if scaler is None else scale_state(scaler))}
+
+    def _load_scalars(self, scalars: Mapping[str, float]) -> None:
+        self._updates = int(scalars["updates"])
+        self._state.set_updates(self._updates)
+        # A save of another precision has no scale: then the initial one is as good as any.
+        if self._loss_scaler is not None and "loss_scale" in scalars:
+            load_scale(self._loss_scaler, scalars)
+
+    @property
+    def _loss_scaler(self) -> Any:
+        """DeepSpeed's, under fp16; else None."""
+        return self._engine.optimizer.loss_scaler if self._config.train.dtype == "fp16" else None
+
+    def _initialise(self, placement: Placement) -> None:
+        """Give main weights their initial value, one by one; DeepSpeed knows rounded ones only."""
+        config = self._config
+        for name, parameter in self._parameters.items():
+            part = self._state.part(parameter, WEIGHT)
+            spec = self._specs[name]
+            shape = spec.local_shape(self._groups.tensor.size())
+            whole = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=self._device))
+            set_shard_spec(whole, spec)
+            init_parameter(name, whole, config.model, placement, seed=config.train.seed)
+            if part is not None:
+                first = whole.detach().view(-1)[part.start : part.start + part.size]
+                part.flat.copy_(first)
+                self._state.write(parameter, WEIGHT, part)
+        self._state.publish()
+
+    def _step(self, microbatches: list[ModelInputs]) -> StepResult:
+        batches = self._as_means(microbatches)
+        # Of how many microbatches gradients are added up; DeepSpeed takes each for one sample.
+        self._engine.set_train_batch_size(len(batches) * self._groups.data.size())
+        seed = self._config.train.seed
+        loss = self._train(batches, lambda inputs: RngStreams(seed, inputs.samples))
+        mean = self._mean_over_run(loss, len(batches))
+        norm = self._gradient_norm()
+        return StepResult(mean, norm, skipped=not (math.isfinite(mean) and math.isfinite(norm)))
+
+    def _train(self, batches: list[ModelInputs], streams: Streams) -> Tensor | None:
+        """Go forward and backward with all microbatches, and update; the sum of the losses."""
+        if self._stage is not None:
+            return self._stage.run(batches, streams, self._engine.train_batch)
+        losses = []
+        for inputs in batches:
+            self._engine.set_gradient_accumulation_boundary(inputs is batches[-1])
+            loss = self._engine(inputs, streams(inputs))
+            losses.append(loss.detach().double())
+            self._engine.backward(loss)
+            self._engine.step()
+        return torch.stack(losses).sum()
+
+    def _evaluate(self, batches: list[ModelInputs]) -> Tensor | None:
+        """The sum of the losses."""
+        if self._stage is None:
+            return torch.stack([self._engine(inputs).double() for inputs in batches]).sum()
+
+        def execute(numbers: Iterator[tuple[Tensor, Tensor]]) -> None:
+            self._engine.eval_batch(
+                numbers, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
+            )
+
+        return self._stage.run(batches, no_dropout, execute)
+
+    def _as_means(self, microbatches: list[ModelInputs]) -> list[ModelInputs]:
+        """With weights of which the mean over microbatches and data ranks is that of the tokens."""
+        total = torch.stack([inputs.loss_weights.sum().double() for inputs in microbatches]).sum()
+        dist.all_reduce(total, group=self._groups.data)
+        count = len(microbatches) * self._groups.data.size()
+        factor = (count / total.clamp(min=1)).float()
+        return [
+            replace(inputs, loss_weights=inputs.loss_weights * factor) for inputs in microbatches
+        ]
+
+    def _mean_over_run(self, loss: Tensor | None, count: int) -> float:
+        """The mean over the microbatches of all data ranks, from the sums of losses."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        if loss is not None:
+            total += loss
+        dist.all_reduce(total, group=self._groups.data)
+        dist.all_reduce(total, group=self._groups.pipeline)
+        return total.item() / (count * self._groups.data.size())
+
+    def _before_update(self) -> None:
+        """What the optimizer's kernel reads before it changes anything."""
+        if self._config.parallel.zero == 0:
+            self._own_norm = self._clip()
+        skip = self._is_trial or not math.isfinite(self._gradient_norm())
+        self._optimizer.found_inf = torch.full((), float(skip))  # type: ignore[attr-defined]
+
+    def _gradient_norm(self) -> float:
+        """L2 norm of the gradient of this step before clipping, of the whole model."""
+        if self._config.parallel.zero == 0:
+            return self._own_norm
+        if self._engine.optimizer.overflow:
+            return math.inf
+        return float(self._engine.optimizer._global_grad_norm)
+
+    def _clip(self) -> float:
+        """Clip gradients to the greatest norm allowed, and return their norm before that.
+
+        DeepSpeed's own function, at ZeRO 0, counts tied weights twice and replicated weights of all
+        stages but the first not at all.
+        """
+        items = [(self._specs[name], item.grad) for name, item in self._parameters.items()]
+        gradients = [gradient for _, gradient in items if gradient is not None]
+        counted = [g for spec, g in items if g is not None and counts(spec, self._groups)]
+        square = torch.zeros((), dtype=torch.float64, device=self._device)
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        dist.all_reduce(square, group=self._groups.model)
+        norm = square.sqrt().item()
+        greatest = self._config.optimizer.max_grad_norm
+        if greatest > 0:
+            torch._foreach_mul_(gradients, min(1.0, greatest / (norm + 1e-6)))
+        return norm
+
+    def _parts(self) -> dict[tuple[str, str], Part | None]:
+        """What this rank holds, by the name of the parameter and the kind."""
+        return {
+            (name, kind): self._state.part(parameter, kind)
+            for kind in KINDS
+            for name, parameter in self._parameters.items()
+        }
+
+    def _named_state(self, parts: Mapping[tuple[str, str], Part | None]) -> Iterator[NamedState]:
+        for (name, kind), part in parts.items():
+            spec = self._specs[name]
+            boxes = () if part is None else flat_boxes(spec, self._groups, part.start, part.flat)
+            cut = self._state.cut_over_data
+            held = held_by(self._groups, name, spec, boxes, cut_over_data=cut)
+            yield NamedState(
+                name=name,
+                kind=kind,
+                shape=spec.shape,
+                boxes=held.boxes,
+                owned=held.owned,
+                copied_over=held.copied_over,
+            )
