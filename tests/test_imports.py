@@ -96,6 +96,10 @@ OPTIONAL = (
 )
 
 
+ON_DEEPSPEED = "megatron.engine.deepspeed"
+"""The package whose modules need DeepSpeed to be imported."""
+
+
 def _name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -219,12 +223,24 @@ def is_print(node: ast.AST) -> bool:
     )
 
 
+def test_only_the_choice_of_an_engine_imports_deepspeed() -> None:
+    """Inside a function, which the next test sees to."""
+    users = {
+        name
+        for name in MODULES
+        if not starts(name, (ON_DEEPSPEED,))
+        and any(starts(used, ("deepspeed", ON_DEEPSPEED)) for used in imports(name))
+    }
+    assert users == {"megatron.training.engine_choice"}
+
+
 def test_library_imports_without_optional_packages() -> None:
     # None in sys.modules makes an import of that name fail.
+    library = [name for name in LIBRARY if not starts(name, (ON_DEEPSPEED,))]
     program = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({OPTIONAL!r}))
-for name in {LIBRARY!r}:
+for name in {library!r}:
     importlib.import_module(name)
 """
     done = subprocess.run(

@@ -10,7 +10,7 @@ object is made; what depends on the number of ranks, by ``Config.layout``.
 """
 
 from megatron.config.data import DataConfig
-from megatron.config.deepspeed import deepspeed_values
+from megatron.config.deepspeed import deepspeed_values, nvme_options
 from megatron.config.engine import EngineConfig
 from megatron.config.model import (
     BACKENDS_WITH_DROPOUT,
@@ -59,4 +59,5 @@ __all__ = [
     "config_to_dict",
     "deepspeed_values",
     "load_config",
+    "nvme_options",
 ]

@@ -128,6 +128,16 @@ def check_deepspeed(
     _check_extra(engine.deepspeed, owned_values(parallel, train, optimizer))
 
 
+def nvme_options(engine: EngineConfig) -> list[str]:
+    """The options that have something kept on a disk."""
+    zero = engine.deepspeed.get("zero_optimization", {})
+    return [
+        f"engine.deepspeed.zero_optimization.{section}.device"
+        for section in ("offload_optimizer", "offload_param")
+        if zero.get(section, {}).get("device") == "nvme"
+    ]
+
+
 def _check_extra(extra: Mapping[str, Any], owned: Mapping[str, Owned]) -> None:
     for name, value in _flatten(extra):
         option = f"engine.deepspeed.{name}"

@@ -1,9 +1,9 @@
 """Which engine a run takes, and whether it can be had."""
 
-import importlib.util
-from importlib.metadata import version
+import shutil
+from importlib.metadata import PackageNotFoundError, version
 
-from megatron.config import Backend, Config
+from megatron.config import Backend, Config, nvme_options
 from megatron.engine.base import Engine
 from megatron.engine.torch_engine import TorchEngine
 from megatron.errors import ConfigError
@@ -14,20 +14,31 @@ _DEEPSPEED = "0.19"
 
 
 def check_engine(config: Config) -> None:
-    """Whether the engine of ``config`` is installed; before any rank waits for another.
+    """Whether this machine has what the engine of ``config`` needs; before any rank waits.
 
     Raises:
-        ConfigError: if it is not, or is of another version.
+        ConfigError: if DeepSpeed is not installed, is of another version, or would want to compile
+            and cannot.
     """
     if config.engine.name != "deepspeed":
         return
-    found = version("deepspeed") if importlib.util.find_spec("deepspeed") else "none"
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        found = "none"
     if not found.startswith(f"{_DEEPSPEED}."):
         raise ConfigError(
             f"engine.name deepspeed needs the package deepspeed {_DEEPSPEED}, found {found}: "
             "pip install -c constraints.txt -e .[deepspeed]",
             on_every_rank=True,
         )
+    for option in nvme_options(config.engine):
+        if shutil.which("c++") is None:
+            raise ConfigError(
+                f"{option} nvme: DeepSpeed compiles its access to files when it is first used, and "
+                "finds no compiler c++ (Debian: apt-get install g++)",
+                on_every_rank=True,
+            )
 
 
 def build_engine(

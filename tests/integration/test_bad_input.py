@@ -29,6 +29,7 @@ MOST_SECONDS = 10.0
 GROUPS: dict[str, dict[str, Case]] = {
     "size": wrong_configs.SIZES,
     "layout": wrong_configs.LAYOUTS,
+    "deepspeed": wrong_configs.DEEPSPEED,
     "value": wrong_configs.VALUES,
     "config": wrong_configs.FILES,
     "data": wrong_files.DATASETS,

@@ -56,11 +56,10 @@ def argv(folder: Path, run: str, *, dtype: str = "fp64", **changes: Any) -> list
         train__rampup__samples=40,
         train__eval_interval=6,
         train__eval_samples=4,
-        train__dtype=dtype,
         optimizer__warmup_samples=20,
         optimizer__max_grad_norm=1.0,
         data__split=[90, 10, 0],
-        **changes,
+        **{"train__dtype": dtype, **changes},
     )
 
 
@@ -100,6 +99,34 @@ def test_everything_that_matters_is_on(folder: Path) -> None:
     assert tokens < 0.8 * SAMPLES * SEQ_LENGTH, "the run needs more than one epoch"
 
 
+DEEPSPEED: dict[str, dict[str, Any]] = {
+    "ZeRO 3 in bf16": {"train__dtype": "bf16", "parallel__zero": 3},
+    "pipeline in fp32": {
+        "train__dtype": "fp32",
+        "train__micro_batch_size": 1,
+        "parallel__zero": 1,
+        "parallel__pipeline": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", DEEPSPEED)
+def test_stopped_and_resumed_on_deepspeed_is_the_same_bit_for_bit(
+    folder: Path, name: str, figure: Figure
+) -> None:
+    pytest.importorskip("deepspeed", reason="the package deepspeed is optional")
+
+    def go(run: str, **changes: Any) -> None:
+        arguments = argv(folder, run, engine__name="deepspeed", **DEEPSPEED[name], **changes)
+        assert run_pretrain(arguments, world_size=2, timeout=240).exit_code == 0
+
+    go(f"{name}, left alone")
+    go(f"{name}, stopped", train__stop_at_step=9)
+    go(f"{name}, stopped")
+    assert_same_bits(folder / f"{name}, stopped", folder / f"{name}, left alone")
+    figure(f"resumed on deepspeed, {name}", differing_bits=0, steps=STEPS)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stopped_twice_and_resumed_is_the_same_bit_for_bit(
     folder: Path, dtype: str, figure: Figure
@@ -129,7 +156,7 @@ def test_resumed_at_other_layouts_is_the_same_to_rounding(folder: Path, figure: 
     assert go(2, parallel__tensor=2, train__stop_at_step=5) == 0
     assert go(1, Fault(9, signal.SIGTERM)) == STOPPED
     assert go(4, parallel__tensor=4, parallel__sequence=True, train__stop_at_step=14) == 0
-    pipeline = {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"}
+    pipeline: dict[str, Any] = {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"}
     assert go(2, **pipeline, train__stop_at_step=17) == 0
     assert go(2, parallel__data=2, parallel__zero=3) == 0
     worst = 0.0

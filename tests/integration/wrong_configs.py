@@ -176,6 +176,72 @@ LAYOUTS = {
     ),
 }
 
+DEEPSPEED = {
+    "engine that is none": changed(
+        "engine.name must be one of torch, deepspeed|got 'deepspede'", engine__name="deepspede"
+    ),
+    "gradients shared out in a pipeline": changed(
+        "engine.name deepspeed needs parallel.zero 0 or 1 with parallel.pipeline 2, got 2",
+        world_size=2,
+        engine__name="deepspeed",
+        train__dtype="fp32",
+        parallel__pipeline=2,
+        parallel__zero=2,
+    ),
+    "another order of the pipeline": changed(
+        "engine.name deepspeed needs parallel.schedule 1f1b, got zero_bubble",
+        world_size=2,
+        engine__name="deepspeed",
+        train__dtype="fp32",
+        parallel__pipeline=2,
+        parallel__schedule="zero_bubble",
+    ),
+    "float64 on DeepSpeed": changed(
+        "engine.name deepspeed needs train.dtype fp32, bf16 or fp16, got fp64",
+        engine__name="deepspeed",
+    ),
+    "bf16 without ZeRO on DeepSpeed": changed(
+        "engine.name deepspeed needs parallel.zero of at least 1 with train.dtype bf16, got 0",
+        engine__name="deepspeed",
+        train__dtype="bf16",
+    ),
+    "another stage in DeepSpeed's options": changed(
+        "engine.deepspeed.zero_optimization.stage (3) must not differ from parallel.zero (1)",
+        engine__name="deepspeed",
+        engine__deepspeed={"zero_optimization": {"stage": 3}},
+        train__dtype="fp32",
+        parallel__zero=1,
+    ),
+    "another clipping in DeepSpeed's options": changed(
+        "engine.deepspeed.gradient_clipping (0.5) must not differ from optimizer.max_grad_norm",
+        engine__name="deepspeed",
+        engine__deepspeed={"gradient_clipping": 0.5},
+        train__dtype="fp32",
+    ),
+    "an optimizer in DeepSpeed's options": changed(
+        'engine.deepspeed.optimizer.type ("Adam") must not be given: optimizer decides it here',
+        engine__name="deepspeed",
+        engine__deepspeed={"optimizer": {"type": "Adam"}},
+        train__dtype="fp32",
+    ),
+    "DeepSpeed's options for another engine": changed(
+        "engine.deepspeed needs engine.name deepspeed, got torch",
+        engine__deepspeed={"zero_optimization": {"overlap_comm": True}},
+    ),
+    "no compiler for DeepSpeed": Case(
+        "engine.deepspeed.zero_optimization.offload_optimizer.device nvme|no compiler c++",
+        options={
+            "engine__name": "deepspeed",
+            "engine__deepspeed": {
+                "zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "disk"}}
+            },
+            "train__dtype": "fp32",
+            "parallel__zero": 3,
+        },
+        env={"PATH": ""},
+    ),
+}
+
 VALUES = {
     "negative rate": changed("optimizer.lr must be greater than 0|got -0.1", optimizer__lr=-0.1),
     "lowest above highest rate": changed(

@@ -10,7 +10,6 @@ What each tensor rank has a part of the gradient of, is summed up in a hook.
 """
 
 import logging
-import shutil
 import warnings
 from collections.abc import Iterable
 from contextlib import redirect_stdout
@@ -28,9 +27,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import AdamW
-from torch.utils.cpp_extension import get_cxx_compiler
 
-from megatron.config import Backend, Config, OptimizerConfig, deepspeed_values
+from megatron.config import Backend, Config, OptimizerConfig, deepspeed_values, nvme_options
 from megatron.engine.deepspeed.grid import Grid
 from megatron.errors import ConfigError
 from megatron.model.init import build_model
@@ -144,19 +142,12 @@ def _check_machine(config: Config) -> None:
         raise ConfigError(
             "engine.name deepspeed: this processor does not compute in train.dtype fp16"
         )
-    zero = config.engine.deepspeed.get("zero_optimization", {})
-    for section in ("offload_optimizer", "offload_param"):
-        if zero.get(section, {}).get("device") == "nvme":
-            _check_nvme(f"engine.deepspeed.zero_optimization.{section}.device nvme")
-
-
-def _check_nvme(option: str) -> None:
-    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
-    if shutil.which(get_cxx_compiler()) is None or not builder.is_compatible():
-        raise ConfigError(
-            f"{option}: DeepSpeed compiles its access to files when it is first used, which needs "
-            "a C++ compiler and libaio (Debian: apt-get install g++ libaio-dev)"
-        )
+    for option in nvme_options(config.engine):
+        if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+            raise ConfigError(
+                f"{option} nvme: DeepSpeed needs the library libaio, and what compiles against it "
+                "(Debian: apt-get install libaio-dev)"
+            )
 
 
 def _materialise(module: nn.Module, device: torch.device) -> None:

@@ -76,17 +76,38 @@ class PipelineStage(PipelineModule):
             self._loss = loss if self._loss is None else self._loss + loss
         return output
 
-    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, ProcessGroup]]:
-        """The weights whose gradients two stages sum up, and the group of the two."""
+    def get_tied_weights_and_groups(self) -> list[tuple["_TiedGradient", ProcessGroup]]:
+        """What has the gradients that two stages sum up, and the group of the two."""
         return self._tied
 
     def mpu(self) -> Grid:
         return self._grid
 
 
+class _TiedGradient:
+    """A tied weight, as far as DeepSpeed looks at it to sum up its gradient.
+
+    It looks for it in ``grad``, but under fp16 adds it up elsewhere, so that the copies of the
+    weight would go ways of their own.
+    """
+
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+
+    @property
+    def grad(self) -> Tensor | None:
+        added: Tensor | None = getattr(self._parameter, "grad_accum", None)
+        return self._parameter.grad if added is None else added
+
+    @property
+    def _hp_grad(self) -> Tensor:
+        """Where it is added up under bf16."""
+        return self._parameter._hp_grad
+
+
 def _tied_weights(
     model: nn.Module, group: ProcessGroup
-) -> Iterator[tuple[nn.Parameter, ProcessGroup]]:
+) -> Iterator[tuple[_TiedGradient, ProcessGroup]]:
     for parameter in model.parameters():
         if shard_spec(parameter).tied:
-            yield parameter, group
+            yield _TiedGradient(parameter), group

@@ -4,24 +4,32 @@ In fp32, with dropout, warm-up, clipping, weight decay and tokens that do not co
 a few of all layouts; the marker nightly has the rest.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from tests.distributed import preload, run_ranks
+from megatron.config import DTYPES
+from mpu import build_groups
+from tests.distributed import run_ranks
 from tests.figures import Figure
 from tests.megatron.engine.layouts import Zero
-from tests.megatron.engine.training import Layout, Run, join_states, run_training
+from tests.megatron.engine.training import (
+    Layout,
+    Run,
+    build_deepspeed_engine,
+    make_config,
+    run_training,
+    train,
+)
 
 pytest.importorskip("deepspeed", reason="the package deepspeed is optional")
-preload("megatron.engine.deepspeed.engine", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -93,3 +101,47 @@ def test_training_equals_the_engine_torch(layout: Layout, figure: Figure) -> Non
 def test_every_layout_of_deepspeed_is_there_once() -> None:
     assert len(set(map(str, EVERY))) == len(EVERY) == 48
     assert set(CHOSEN) <= set(EVERY)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_offloading_changes_nothing(zero: Zero, figure: Figure) -> None:
+    layout = Layout(data=2, zero=zero, num_layers=2, engine="deepspeed")
+    want = run_training(layout, STEPS, "fp32")
+    got = run_training(replace(layout, offload=True), STEPS, "fp32")
+    steps = list(zip(got.results, want.results, strict=True))
+    worst = {
+        "loss": max(abs(a.loss / b.loss - 1) for a, b in steps),
+        "norm": max(abs(a.grad_norm / b.grad_norm - 1) for a, b in steps),
+    }
+    figure("deepspeed with the optimizer's state on the CPU", **worst)
+    assert max(worst.values()) <= TOLERANCE
+
+
+def test_deepspeed_makes_no_process_group() -> None:
+    for layout in (CHOSEN[5], CHOSEN[8]):
+        assert run_ranks(layout.world_size, count_groups, layout) == [0] * layout.world_size
+
+
+def count_groups(layout: Layout) -> int:
+    """Those that are made besides the ones of the rank grid, from building to the first step."""
+    config = make_config(layout)
+    groups = build_groups(config.layout(dist.get_world_size()))
+    with patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
+        engine = build_deepspeed_engine(config, groups)
+        list(train(engine, config, groups, range(1)))
+    return new_group.call_count
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("layout", [CHOSEN[2], CHOSEN[5], CHOSEN[7]], ids=str)
+def test_low_precision_keeps_main_weights_and_sums_of_gradients_in_fp32(
+    layout: Layout, dtype: Literal["bf16", "fp16"]
+) -> None:
+    """So that its losses stay near those of the engine torch, which does so too."""
+    got = run_training(layout, 5, dtype)
+    want = run_training(replace(layout, engine="torch"), 5, dtype)
+    assert {tensor.dtype for tensor in got.state.values()} == {torch.float32}
+    low = DTYPES[dtype]
+    assert any(not torch.equal(it, it.to(low).float()) for it in got.state.values())
+    for a, b in zip(got.results, want.results, strict=True):
+        assert abs(a.loss / b.loss - 1) < 1e-3

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.megatron.engine.training import Layout, build_engine, make_config, microbatches, train
+from tests.megatron.engine.training import (
+    DEEPSPEED_KINDS,
+    Dtype,
+    Layout,
+    build_any_engine,
+    build_engine,
+    make_config,
+    microbatches,
+    train,
+)
 
 LAYOUTS = [
     Layout(),
@@ -19,9 +28,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *DEEPSPEED_KINDS], ids=str)
 def test_a_trial_changes_no_bit_of_what_follows(layout: Layout) -> None:
-    run_ranks(layout.world_size, check_trial, layout, "fp64")
+    run_ranks(layout.world_size, check_trial, layout, None)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -29,11 +38,11 @@ def test_a_trial_in_low_precision_changes_no_bit(dtype: Literal["bf16", "fp16"])
     run_ranks(1, check_trial, Layout(), dtype)
 
 
-def check_trial(layout: Layout, dtype: Literal["fp64", "bf16", "fp16"]) -> None:
+def check_trial(layout: Layout, dtype: Dtype | None) -> None:
     """Trials before the first step and between steps, of other samples than theirs."""
     config = make_config(layout, dtype)
-    engine, groups = build_engine(config)
-    twin, twin_groups = build_engine(config)
+    engine, groups = build_any_engine(config)
+    twin, twin_groups = build_any_engine(config)
     for step in range(3):
         engine.trial(microbatches(config, 7, groups))
         assert list(train(engine, config, groups, range(step, step + 1))) == list(

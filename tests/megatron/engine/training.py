@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -25,7 +26,7 @@ from megatron.engine.torch_engine import TorchEngine
 from megatron.model.inputs import ModelInputs, build_inputs
 from megatron.optim.schedule import learning_rate
 from mpu import ParallelGroups, build_groups
-from tests.distributed import run_ranks
+from tests.distributed import preload, run_ranks
 from tests.shards import region
 
 VOCAB, SEQ, NUM_LAYERS, NUM_HEADS, EOD = 101, 16, 4, 4, 5
@@ -76,11 +77,14 @@ class Layout:
 
 def make_config(
     layout: Layout,
-    dtype: Dtype = "fp64",
+    dtype: Dtype | None = None,
     layernorm: Literal["torch", "apex"] = "torch",
     optimizer: Literal["adamw", "apex_adamw"] = "adamw",
 ) -> Config:
-    """A run with dropout, warm-up, and gradients that clipping cuts."""
+    """A run with dropout, warm-up, and gradients that clipping cuts.
+
+    Without a dtype it is the most precise one that the engine has.
+    """
     return Config(
         folder=Path("run"),
         model=ModelConfig(
@@ -99,7 +103,7 @@ def make_config(
             samples=25 * GLOBAL_BATCH,
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=layout.micro_batch,
-            dtype=dtype,
+            dtype=dtype or ("fp64" if layout.engine == "torch" else "fp32"),
             recompute=layout.recompute,
         ),
         # Says that there is a tokenizer; the engine never reads it.
@@ -154,18 +158,37 @@ def _sample(number: int) -> torch.Tensor:
     return tokens
 
 
-def build_deepspeed_engine(config: Config) -> tuple[Engine, ParallelGroups]:
+def build_deepspeed_engine(config: Config, groups: ParallelGroups) -> Engine:
     """The engine of this rank, on DeepSpeed."""
+    from deepspeed.accelerator import get_accelerator
+
     from megatron.engine.deepspeed.engine import DeepSpeedEngine
 
-    groups = build_groups(config.layout(dist.get_world_size()))
-    return DeepSpeedEngine(config, groups, CPU, "blocked"), groups
+    # Every processor computes in fp16, and DeepSpeed wants one that does it fast.
+    get_accelerator().is_fp16_supported = lambda: True
+    return DeepSpeedEngine(config, groups, CPU, "blocked")
+
+
+DEEPSPEED_KINDS = [
+    Layout(data=2, engine="deepspeed"),
+    Layout(tensor=2, sequence=True, zero=1, micro_batch=2, engine="deepspeed"),
+    Layout(data=2, zero=2, engine="deepspeed"),
+    Layout(data=2, zero=3, engine="deepspeed"),
+    Layout(pipeline=2, zero=1, micro_batch=2, engine="deepspeed"),
+]
+"""One of each way that DeepSpeed keeps parameters, and of its pipeline."""
+
+if find_spec("deepspeed") is None:
+    DEEPSPEED_KINDS.clear()
+else:
+    preload("megatron.engine.deepspeed.engine", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def build_any_engine(config: Config) -> tuple[Engine, ParallelGroups]:
     """The engine of this rank that ``config`` names."""
     if config.engine.name == "deepspeed":
-        return build_deepspeed_engine(config)
+        groups = build_groups(config.layout(dist.get_world_size()))
+        return build_deepspeed_engine(config, groups), groups
     return build_engine(config)
 
 

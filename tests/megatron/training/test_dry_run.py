@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron.config import Config
-from megatron.engine.torch_engine import StateBytes
-from megatron.engine.torch_engine import TorchEngine
+from megatron.engine.torch_engine import StateBytes, TorchEngine
 from megatron.errors import ConfigError
 from megatron.model.flops import count_parameters
 from megatron.model.inputs import ModelInputs

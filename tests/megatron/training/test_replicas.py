@@ -1,7 +1,7 @@
 """Copies that drift apart stop the run, and are named with the ranks that hold them."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,14 @@ from megatron.training.replicas import check_replicas, fingerprint
 from mpu import HeldBox
 from tests.distributed import run_ranks
 from tests.figures import Figure
-from tests.megatron.engine.training import Layout, build_engine, make_config, train
+from tests.megatron.engine.training import (
+    DEEPSPEED_KINDS,
+    Layout,
+    build_any_engine,
+    build_engine,
+    make_config,
+    train,
+)
 
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 
@@ -120,26 +127,40 @@ def flip_bit(tensor: torch.Tensor, bit: int = 0) -> None:
     bits[(-1,) * bits.dim()] ^= 1 << bit
 
 
-def test_wrong_clip_factor_on_one_tensor_rank_is_found() -> None:
+CLIPPED = [
+    Layout(tensor=2, micro_batch=2),
+    *(replace(kind, tensor=2, micro_batch=2) for kind in DEEPSPEED_KINDS if kind.data == 1),
+]
+
+
+@pytest.mark.parametrize("layout", CLIPPED, ids=str)
+def test_wrong_clip_factor_on_one_tensor_rank_is_found(layout: Layout) -> None:
     """As when ranks of a tensor group clip copies by norms of their own."""
-    (message,) = set(run_ranks(2, check_clip))
+    (message,) = set(run_ranks(layout.world_size, check_clip, layout))
     assert "replicas are out of sync" in message
     assert "ranks 0, 1 differ" in message
 
 
-def check_clip() -> str:
-    config = make_config(Layout(tensor=2, micro_batch=2))
-    engine, groups = build_engine(config)
+def check_clip(layout: Layout) -> str:
+    """A step that is right is in sync; one with the fault is not."""
+    config = make_config(layout)
+    engine, groups = build_any_engine(config)
+    list(train(engine, config, groups, range(1)))
+    check_replicas(engine, groups)
     if groups.tensor.rank() == 1:
         plant(engine)
-    list(train(engine, config, groups, range(1)))
+    list(train(engine, config, groups, range(1, 2)))
     with pytest.raises(ReplicaError) as caught:
         check_replicas(engine, groups)
     return str(caught.value)
 
 
 def plant(engine: Any) -> None:
-    engine._clip_factor = torch.ones_like
+    """Let this rank not clip."""
+    if isinstance(engine, TorchEngine):
+        engine._clip_factor = torch.ones_like  # type: ignore[assignment,method-assign]
+    else:
+        engine._engine.optimizer.clip_grad = 0.0
 
 
 def test_every_bit_counts() -> None:
