@@ -24,7 +24,11 @@ logger = logging.getLogger("megatron")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Train, and leave the process with one of the exit codes of ``megatron.errors``."""
+    """Train, and leave the process with one of the exit codes of ``megatron.errors``.
+
+    After an error it leaves at once: an ordinary exit would wait for threads that wait for lost
+    peers, while the peers wait for this rank.
+    """
     setup_logging(rank=0)
     speaks_for_all = True
     try:
@@ -41,8 +45,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             logger.log(logging.INFO if asked_for else logging.ERROR, "%s", error)
         if isinstance(error, PeerError):
             let_cause_be_seen()
-        # An ordinary exit would wait for threads that wait for lost peers.
         leave(error.exit_code)
+    except Exception:
+        # A bug, which keeps its traceback.
+        sys.excepthook(*sys.exc_info())
+        leave(RunError.exit_code)
     sys.exit(0)
 
 

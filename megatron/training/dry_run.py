@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron.config import Backend, Config
+from megatron.config import Backend, Config, EngineConfig
 from megatron.engine.schedules import Plan, plan_training
 from megatron.engine.torch_engine import StateBytes, TorchEngine
 from megatron.errors import ConfigError
@@ -165,6 +165,7 @@ def _without_devices(config: Config) -> Config:
     """The config without what only a device or an optional package can do."""
     return replace(
         config,
+        engine=EngineConfig(),
         model=replace(config.model, layernorm="torch"),
         train=replace(config.train, fp8=False),
         parallel=replace(config.parallel, symmetric_memory=False),

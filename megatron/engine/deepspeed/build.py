@@ -105,9 +105,6 @@ def initialize(
             dist_init_required=False,
         )
     logger.debug("DeepSpeed: %s", printed.getvalue())
-    if config.train.dtype == "fp16":
-        # The run ends with an error of its own then.
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 

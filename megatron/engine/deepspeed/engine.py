@@ -18,7 +18,7 @@ from megatron.config import Backend, Config
 from megatron.engine.base import Engine, NamedState, Read, StepResult
 from megatron.engine.deepspeed.build import build_optimizer, initialize, prepare_model
 from megatron.engine.deepspeed.pipeline import PipelineStage, Streams, no_dropout
-from megatron.engine.deepspeed.scale import load_scale, scale_state
+from megatron.engine.deepspeed.scale import DeepSpeedLossScaler
 from megatron.engine.deepspeed.state import KINDS, WEIGHT, Part, build_state
 from megatron.errors import NonFiniteError
 from megatron.model.init import init_parameter
@@ -52,6 +52,10 @@ class DeepSpeedEngine(Engine):
         self._optimizer = build_optimizer(self._parameters.values(), config.optimizer)
         self._optimizer.register_step_pre_hook(lambda *_: self._before_update())
         self._engine: Any = initialize(config, groups, self._stage or model, self._optimizer)
+        self._scaler: DeepSpeedLossScaler | None = None
+        if config.train.dtype == "fp16":
+            self._scaler = DeepSpeedLossScaler(config.train.loss_scale)
+            self._engine.optimizer.loss_scaler = self._scaler
         self._state = build_state(self._engine.optimizer, self._optimizer, config.parallel.zero)
         self._initialise(placement)
         self._is_trial = False
@@ -61,8 +65,7 @@ class DeepSpeedEngine(Engine):
     def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        scale = self._loss_scaler
-        can_scale = scale is not None and scale.cur_scale > scale.min_scale
+        can_scale = self._scaler is not None and not self._scaler.is_least
         result = self._step(list(microbatches))
         self._updates += not result.skipped
         if result.skipped and not can_scale:
@@ -101,20 +104,15 @@ class DeepSpeedEngine(Engine):
         self._load_scalars(scalars)
 
     def scalars(self) -> dict[str, float]:
-        scaler = self._loss_scaler
-        return {"updates": self._updates, **({} if scaler is None else scale_state(scaler))}
+        scaler = {} if self._scaler is None else self._scaler.state()
+        return {"updates": self._updates, **scaler}
 
     def _load_scalars(self, scalars: Mapping[str, float]) -> None:
         self._updates = int(scalars["updates"])
         self._state.set_updates(self._updates)
         # A save of another precision has no scale: then the initial one is as good as any.
-        if self._loss_scaler is not None and "loss_scale" in scalars:
-            load_scale(self._loss_scaler, scalars)
-
-    @property
-    def _loss_scaler(self) -> Any:
-        """DeepSpeed's, under fp16; else None."""
-        return self._engine.optimizer.loss_scaler if self._config.train.dtype == "fp16" else None
+        if self._scaler is not None and "loss_scale" in scalars:
+            self._scaler.load(scalars)
 
     def _initialise(self, placement: Placement) -> None:
         """Give main weights their initial value, one by one; DeepSpeed knows rounded ones only."""
@@ -133,6 +131,8 @@ class DeepSpeedEngine(Engine):
         self._state.publish()
 
     def _step(self, microbatches: list[ModelInputs]) -> StepResult:
+        if self._scaler is not None:
+            self._scaler.begin_step()
         batches = self._as_means(microbatches)
         # Of how many microbatches gradients are added up; DeepSpeed takes each for one sample.
         self._engine.set_train_batch_size(len(batches) * self._groups.data.size())

@@ -1,28 +1,34 @@
-"""The loss scale of DeepSpeed, and the numbers that a save keeps of it.
+"""The loss scale of this project in the place of DeepSpeed's.
 
-DeepSpeed's scale follows overflows as ``megatron.optim.loss_scaler`` does, and counts differently:
-
-    here         DeepSpeed
-    good_steps   cur_iter - last_overflow_iter - 1, without whole windows
-    patience     cur_hysteresis, which stays at 1 where ours goes to 0
+So it is the same on both engines, also in a run that changes them. DeepSpeed's own waits one step
+longer before it doubles for the first time; and it changes in the middle of a step, before the
+gradients are divided by it, so that every step at which it doubles makes half of an update.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from torch import Tensor
+
+from megatron.config import LossScaleConfig
+from megatron.optim.loss_scaler import LossScaler
 
 
-def scale_state(scaler: Any) -> dict[str, float]:
-    """What ``load_scale``, or the scaler of the other engine, needs to go on."""
-    good_steps = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
-    return {
-        "loss_scale": float(scaler.cur_scale),
-        "good_steps": good_steps,
-        "patience": scaler.cur_hysteresis,
-    }
+class DeepSpeedLossScaler(LossScaler):
+    """``LossScaler`` with what DeepSpeed's optimizers ask of one.
 
+    Attributes:
+        cur_scale: that of this step, until the next one begins.
+    """
 
-def load_scale(scaler: Any, state: Mapping[str, float]) -> None:
-    scaler.cur_scale = float(state["loss_scale"])
-    scaler.cur_iter = int(state["good_steps"])
-    scaler.last_overflow_iter = -1
-    scaler.cur_hysteresis = max(1, int(state["patience"]))
+    dynamic = True
+
+    def __init__(self, config: LossScaleConfig) -> None:
+        super().__init__(config)
+        self.cur_scale = self.scale
+
+    def begin_step(self) -> None:
+        self.cur_scale = self.scale
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return loss * self.cur_scale
+
+    def update_scale(self, overflow: bool) -> None:
+        self.update(overflow)

@@ -1,0 +1,1 @@
+"""From the flags of Megatron-DeepSpeed to a config of this project."""
