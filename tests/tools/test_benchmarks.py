@@ -19,6 +19,7 @@ from tools.benchmarks import (
     attention,
     communication,
     contenders,
+    engines,
     flops,
     gains,
     head,
@@ -48,6 +49,7 @@ BENCHMARKS = {
     "attention": attention,
     "communication": communication,
     "flops": flops,
+    "engines": engines,
     "gains": gains,
     "head": head,
     "kernels": kernels,
@@ -57,7 +59,7 @@ BENCHMARKS = {
     "train_step_gpu": train_step_gpu,
     "train_step_tensor": train_step_tensor,
 }
-TIMED = ("attention", "gains", "head", "kernels")
+TIMED = ("attention", "engines", "gains", "head", "kernels")
 MODEL = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=16, seq_length=4)
 
 Quick = Callable[[str], Result]
@@ -121,6 +123,12 @@ def test_fused_head_needs_less_memory_than_plain_logits(quick: Quick) -> None:
     _, table = quick("head").tables
     memory = {row["contender"]: row["peak MiB"] for row in table.rows}
     assert float(str(memory["fused"])) < float(str(memory["plain"]))
+
+
+@pytest.mark.slow
+def test_both_engines_take_part(quick: Quick) -> None:
+    (table,) = quick("engines").tables
+    assert [row["engine"] for row in table.rows] == list(engines.ENGINES)
 
 
 @pytest.mark.slow

@@ -24,8 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.checkpoint.huggingface import bloom_config, transformers_name
-from megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron.engine.base import NamedState
+from megatron.config import (
+    Config,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from megatron.engine.base import Engine, NamedState
 from megatron.engine.torch_engine import TorchEngine
 from megatron.launch import Launch
 from megatron.model.alibi import alibi_slopes
@@ -73,10 +80,20 @@ def build_engine(
     parallel: ParallelConfig | None = None,
 ) -> TorchEngine:
     """Our engine with freshly drawn weights; default: cut over the tensor group."""
-    config = Config(
+    config = make_config(shape, parallel or ParallelConfig(tensor=groups.tensor.size()))
+    choice = choose_backend(config, device, {}, group=groups.tensor)
+    return TorchEngine(config, groups, device, choice.backend)
+
+
+def make_config(
+    shape: Shape, parallel: ParallelConfig, engine: EngineConfig | None = None
+) -> Config:
+    """A run of steps of ``shape``."""
+    return Config(
         folder=Path("unused"),
         model=shape.model,
-        parallel=parallel or ParallelConfig(tensor=groups.tensor.size()),
+        parallel=parallel,
+        engine=engine or EngineConfig(),
         train=TrainConfig(
             samples=shape.batch,
             global_batch_size=shape.batch,
@@ -85,11 +102,9 @@ def build_engine(
         ),
         optimizer=OptimizerConfig(lr=LR, max_grad_norm=MAX_NORM),
     )
-    choice = choose_backend(config, device, {}, group=groups.tensor)
-    return TorchEngine(config, groups, device, choice.backend)
 
 
-def engine_step(engine: TorchEngine, lr: float = LR, microbatches: int = 1) -> Step:
+def engine_step(engine: Engine, lr: float = LR, microbatches: int = 1) -> Step:
     """A step of ours."""
 
     def step(tokens: Tensor) -> float:

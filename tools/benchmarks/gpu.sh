@@ -33,11 +33,12 @@ benchmark() {
 }
 
 benchmark train_step_gpu 220
-benchmark gains 75 --device cuda
-benchmark attention 75 --device cuda
-benchmark head 35 --device cuda
-benchmark kernels 30 --device cuda
-part tests 160 python -m pytest tests/gpu -m gpu -q -p no:cacheprovider
+benchmark gains 60 --device cuda
+benchmark engines 50 --device cuda
+benchmark attention 60 --device cuda
+benchmark head 30 --device cuda
+benchmark kernels 25 --device cuda
+part tests 150 python -m pytest tests/gpu -m gpu -q -p no:cacheprovider
 
 echo "== $failed parts failed"
 exit "$failed"
