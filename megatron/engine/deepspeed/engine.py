@@ -60,6 +60,7 @@ class DeepSpeedEngine(Engine):
         self._initialise(placement)
         self._is_trial = False
         self._own_norm = math.nan
+        self._shape: torch.Size | None = None
         self._updates = 0
 
     def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:
@@ -145,6 +146,7 @@ class DeepSpeedEngine(Engine):
     def _train(self, batches: list[ModelInputs], streams: Streams) -> Tensor | None:
         """Go forward and backward with all microbatches, and update; the sum of the losses."""
         if self._stage is not None:
+            self._fit_buffers(batches)
             return self._stage.run(batches, streams, self._engine.train_batch)
         losses = []
         for inputs in batches:
@@ -160,12 +162,21 @@ class DeepSpeedEngine(Engine):
         if self._stage is None:
             return torch.stack([self._engine(inputs).double() for inputs in batches]).sum()
 
+        self._fit_buffers(batches)
+
         def execute(numbers: Iterator[tuple[Tensor, Tensor]]) -> None:
             self._engine.eval_batch(
                 numbers, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
             )
 
         return self._stage.run(batches, no_dropout, execute)
+
+    def _fit_buffers(self, batches: list[ModelInputs]) -> None:
+        """Let DeepSpeed forget the buffers that stages receive in, if they are of another size."""
+        shape = batches[0].tokens.shape
+        if shape != self._shape:
+            self._engine.reset_activation_shape()
+            self._shape = shape
 
     def _as_means(self, microbatches: list[ModelInputs]) -> list[ModelInputs]:
         """With weights of which the mean over microbatches and data ranks is that of the tokens."""

@@ -1,5 +1,6 @@
 """A trial costs what a step costs, and leaves nothing behind."""
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -39,12 +40,14 @@ def test_a_trial_in_low_precision_changes_no_bit(dtype: Literal["bf16", "fp16"])
 
 
 def check_trial(layout: Layout, dtype: Dtype | None) -> None:
-    """Trials before the first step and between steps, of other samples than theirs."""
+    """Trials before the first step and between steps, of other samples and microbatches."""
     config = make_config(layout, dtype)
+    size = 2 * config.train.least_micro_batch_size
+    larger = replace(config, train=replace(config.train, micro_batch_size=size))
     engine, groups = build_any_engine(config)
     twin, twin_groups = build_any_engine(config)
     for step in range(3):
-        engine.trial(microbatches(config, 7, groups))
+        engine.trial(microbatches(larger, 7, groups))
         assert list(train(engine, config, groups, range(step, step + 1))) == list(
             train(twin, config, twin_groups, range(step, step + 1))
         )
