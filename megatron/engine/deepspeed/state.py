@@ -11,7 +11,6 @@ the state of all of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +62,7 @@ class State(ABC):
     def __init__(self, wrapper: Any, optimizer: AdamW) -> None:
         self._wrapper = wrapper
         self._optimizer = optimizer
-        for main in self._mains():
-            optimizer.state[main] = {name: torch.zeros_like(main) for name in MOMENTS}
+        self._make_moments()
         self.set_updates(0)
 
     def set_updates(self, count: int) -> None:
@@ -83,9 +81,14 @@ class State(ABC):
     def publish(self) -> None:
         """Let the model compute with the main weights as they are now. Collective."""
 
-    @abstractmethod
-    def _mains(self) -> Iterator[Tensor]:
-        """What the optimizer updates."""
+    def _make_moments(self) -> None:
+        """Give what the optimizer updates moments, all zero."""
+        for group in self._optimizer.param_groups:
+            for main in group["params"]:
+                self._add_moments(main)
+
+    def _add_moments(self, main: Tensor) -> None:
+        self._optimizer.state[main] = {name: torch.zeros_like(main) for name in MOMENTS}
 
 
 class WholeState(State):
@@ -102,10 +105,6 @@ class WholeState(State):
 
     def publish(self) -> None:
         """Nothing to do: the model computes with the main weights."""
-
-    def _mains(self) -> Iterator[Tensor]:
-        for group in self._optimizer.param_groups:
-            yield from group["params"]
 
 
 class FlatState(State):
@@ -129,19 +128,18 @@ class FlatState(State):
     def publish(self) -> None:
         self._wrapper.update_lp_params()
 
-    def _mains(self) -> Iterator[Tensor]:
-        for group in self._optimizer.param_groups:
-            yield from group["params"]
-
 
 class PartitionedState(State):
-    """ZeRO 3."""
+    """ZeRO 3; what is kept on NVMe is copied to be seen."""
 
     def part(self, parameter: nn.Parameter, kind: str) -> Part | None:
         if kind == WEIGHT:
             held = safe_get_local_fp32_param(parameter)
         else:
             held = safe_get_local_optimizer_state(parameter, kind)
+        if self._wrapper.swap_optimizer:
+            # The buffer that it has been read to is used for the next.
+            held = held.clone()
         whole: int = parameter.ds_numel  # type: ignore[attr-defined]
         start = held.numel() * self._wrapper._get_param_partition_rank(parameter)
         size = min(held.numel(), whole - start)
@@ -164,8 +162,15 @@ class PartitionedState(State):
         if gathered:
             gathered[0].all_gather(gathered)
 
-    def _mains(self) -> Iterator[Tensor]:
-        yield from self._wrapper.fp32_partitioned_groups_flat
+    def _make_moments(self) -> None:
+        wrapper = self._wrapper
+        for number, main in enumerate(wrapper.fp32_partitioned_groups_flat):
+            if wrapper._swappable_optimizer_subgroup(number):
+                wrapper._optimizer_states_and_gradient_swap_in(number)
+                self._add_moments(main)
+                wrapper._optimizer_states_and_gradient_swap_out(number)
+            else:
+                self._add_moments(main)
 
 
 def build_state(wrapper: Any, optimizer: AdamW, zero: int) -> State:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 from unittest.mock import patch
 
 import pytest
@@ -145,3 +146,29 @@ def test_low_precision_keeps_main_weights_and_sums_of_gradients_in_fp32(
     assert any(not torch.equal(it, it.to(low).float()) for it in got.state.values())
     for a, b in zip(got.results, want.results, strict=True):
         assert abs(a.loss / b.loss - 1) < 1e-3
+
+
+@pytest.mark.nightly
+def test_offloading_to_nvme_changes_nothing(tmp_path: Path, figure: Figure) -> None:
+    """Nightly, because DeepSpeed compiles its access to files, which takes minutes."""
+    kept: dict[str, Any] = {"device": "nvme", "nvme_path": str(tmp_path)}
+    want = run_ranks(2, train_wide, {})
+    got = run_ranks(2, train_wide, {"zero_optimization": {"offload_optimizer": kept}})
+    # The main weights and both moments of each rank.
+    assert len(list(tmp_path.rglob("*.swp"))) >= 2 * 3
+    worst = max(abs(a / b - 1) for a, b in zip(got[0], want[0], strict=True))
+    figure("deepspeed with the optimizer's state on NVMe", loss=worst)
+    assert worst <= TOLERANCE
+
+
+def train_wide(options: dict[str, Any]) -> list[float]:
+    """Losses of a model of which DeepSpeed does not keep the state in memory for being small."""
+    config = make_config(Layout(data=2, zero=3, num_layers=2, engine="deepspeed"))
+    config = replace(
+        config,
+        model=replace(config.model, hidden_size=256),
+        engine=replace(config.engine, deepspeed=options),
+    )
+    groups = build_groups(config.layout(dist.get_world_size()))
+    engine = build_deepspeed_engine(config, groups)
+    return [result.loss for result in train(engine, config, groups, range(5))]
