@@ -54,13 +54,15 @@ class Reporter:
         parallel = self._config.parallel
         layout = {**vars(dims), "sequence": parallel.sequence, "zero": parallel.zero}
         logger.info(
-            "%s parameters, %d ranks (tensor %d x pipeline %d x data %d) on %s, %s, %d steps",
+            "%s parameters, %d ranks (tensor %d x pipeline %d x data %d) on %s, engine %s, "
+            "%s, %d steps",
             f"{parameters:,}",
             self._launch.world_size,
             dims.tensor,
             dims.pipeline,
             dims.data,
             self._device,
+            self._config.engine.name,
             self._config.train.dtype,
             self._total_steps,
         )

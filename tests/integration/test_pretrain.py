@@ -80,7 +80,8 @@ def test_log_tells_of_start_steps_and_save(folder: Path) -> None:
     assert result.stderr == ""
     assert lines[0] == "attention backend blocked: the one for auto on cpu"
     assert lines[1] == f"fresh start: no save in {folder}/log/checkpoints"
-    assert "parameters, 1 ranks (tensor 1 x pipeline 1 x data 1) on CPU, fp64, 10 steps" in lines[2]
+    grid = "1 ranks (tensor 1 x pipeline 1 x data 1)"
+    assert f"parameters, {grid} on CPU, engine torch, fp64, 10 steps" in lines[2]
     assert lines[3].startswith("step  5/10")
     assert lines[4].startswith("step 10/10")
     assert lines[5:] == [f"saved {folder}/log/checkpoints/step-00000010"]

@@ -7,9 +7,10 @@ places, and runs that differ in the last bit drift apart. How far they may is to
 other initial weights, which are as good: at every point of its curve, a layout has to be nearer to
 one process than the farthest of three seeds of one process are to each other.
 
-In fp16 the loss scale begins where it does in any run. Every microbatch is one sample, because the
-scale is of its mean loss. With ZeRO 3 more steps may be skipped: FSDP has the whole gradient of a
-weight in fp16 before it is reduced, where the others add products to float32.
+In fp16 the loss scale begins at what the first gradients bear in every layout, so that rounding is
+compared, and not how many steps of the warm-up are skipped. With ZeRO 3 that is less than
+elsewhere: FSDP has the whole gradient of a weight in fp16 before it is reduced, where the others
+add products to float32. Every microbatch is one sample, because the scale is of its mean loss.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from megatron.cli import run_tool
 from megatron.config import (
     Config,
+    LossScaleConfig,
     ModelConfig,
     ParallelConfig,
     TrainConfig,
@@ -44,6 +46,9 @@ from tools.benchmarks.ranks import run_ranks
 from tools.benchmarks.result import Cell, Result, Row, Table, describe_environment, publish
 
 Precision: TypeAlias = Literal["bf16", "fp16"]
+
+FIRST_SCALE = 2.0**13
+"""Of the loss in fp16: small enough for the first gradients of every layout."""
 
 FULL = Size(
     ModelConfig(num_layers=4, hidden_size=64, num_heads=4, vocab_size=256, seq_length=64),
@@ -136,6 +141,7 @@ def make_config(size: Size, dtype: Precision, layout: ParallelConfig, seed: int)
             global_batch_size=size.batch,
             seed=seed,
             dtype=dtype,
+            loss_scale=LossScaleConfig(initial=FIRST_SCALE),
         ),
         optimizer=size.optimizer,
     )
