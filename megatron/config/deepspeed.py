@@ -5,11 +5,12 @@ hands to DeepSpeed besides may repeat these values, but not contradict them.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log2
 from typing import Any
 
+from megatron.config.dotted import flatten, nest
 from megatron.config.engine import EngineConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.rules import require
@@ -74,7 +75,7 @@ def deepspeed_values(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": count,
     }
-    return _nest(_DEFAULTS | dict(_flatten(engine.deepspeed)) | owned | sizes)
+    return nest(_DEFAULTS | dict(flatten(engine.deepspeed)) | owned | sizes)
 
 
 def owned_values(
@@ -139,7 +140,7 @@ def nvme_options(engine: EngineConfig) -> list[str]:
 
 
 def _check_extra(extra: Mapping[str, Any], owned: Mapping[str, Owned]) -> None:
-    for name, value in _flatten(extra):
+    for name, value in flatten(extra):
         option = f"engine.deepspeed.{name}"
         require(
             name != "gradient_accumulation_steps",
@@ -157,24 +158,3 @@ def _check_extra(extra: Mapping[str, Any], owned: Mapping[str, Owned]) -> None:
                 f"{option} ({json.dumps(value)}) must not differ from {owned[name].option} "
                 f"({json.dumps(owned[name].value)})",
             )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values in nested mappings, by dotted names."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``_flatten`` makes ``values`` of."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        *sections, last = name.split(".")
-        inner = nested
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
-    return nested

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from megatron.errors import NonFiniteError
 from megatron.model.inputs import ModelInputs
+from megatron.optim.held import Held
 from mpu import Axis, HeldBox
 
 
@@ -48,6 +50,27 @@ class NamedState:
     boxes: tuple[HeldBox, ...]
     owned: bool
     copied_over: tuple[Axis, ...] = ()
+
+
+def named(held: Held, kind: str) -> NamedState:
+    """What a rank holds of a parameter, as its state of that kind."""
+    return NamedState(
+        name=held.name,
+        kind=kind,
+        shape=held.spec.shape,
+        boxes=held.boxes,
+        owned=held.owned,
+        copied_over=held.copied_over,
+    )
+
+
+def non_finite(result: StepResult) -> NonFiniteError:
+    """The error of a step that was not made, and whose loss scale cannot be lowered."""
+    return NonFiniteError(
+        f"loss {result.loss} and gradient norm {result.grad_norm} must be finite; "
+        "the weights are as before this step",
+        on_every_rank=True,
+    )
 
 
 Read: TypeAlias = Callable[[Sequence[NamedState]], None]

@@ -9,9 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config import Backend, Config
-from megatron.engine.base import Engine, NamedState, Read, StepResult
+from megatron.engine.base import Engine, NamedState, Read, StepResult, named, non_finite
 from megatron.engine.pipeline import Pipeline
-from megatron.errors import NonFiniteError
 from megatron.model.init import build_model, init_parameter
 from megatron.model.inputs import ModelInputs
 from megatron.model.language_model import BloomForPretraining
@@ -106,20 +105,11 @@ class TorchEngine(Engine):
         return float(loss_sum / weight_sum.clamp(min=1))
 
     def named_state(self) -> list[NamedState]:
-        state = []
-        for kind in ("weight", *MOMENTS):
-            for held in self._parameters.held(self._state_of(kind)):
-                state.append(
-                    NamedState(
-                        name=held.name,
-                        kind=kind,
-                        shape=held.spec.shape,
-                        boxes=held.boxes,
-                        owned=held.owned,
-                        copied_over=held.copied_over,
-                    )
-                )
-        return state
+        return [
+            named(held, kind)
+            for kind in ("weight", *MOMENTS)
+            for held in self._parameters.held(self._state_of(kind))
+        ]
 
     def state_bytes(self) -> StateBytes:
         """How much memory the state takes on this rank. Not collective."""
@@ -195,11 +185,7 @@ class TorchEngine(Engine):
         self._updates += finite
         can_scale = self._scaler is not None and not self._scaler.is_least
         if not finite and not can_scale:
-            raise NonFiniteError(
-                f"loss {result.loss} and gradient norm {result.grad_norm} must be finite; "
-                "the weights are as before this step",
-                on_every_rank=True,
-            )
+            raise non_finite(result)
         if self._scaler is not None:
             self._scaler.update(overflow=not finite)
         return replace(result, skipped=not finite)

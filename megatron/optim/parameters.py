@@ -13,7 +13,7 @@ parameter lie in them. The model computes with weights of its own precision, whi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -28,6 +28,14 @@ Fill: TypeAlias = Callable[[str, nn.Parameter], None]
 
 _NORM_ELEMENTS = 2**24
 """Elements whose squares are summed up in the precision of the gradient; more are in float64."""
+
+
+def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of all elements on this rank, a float64 scalar."""
+    parts = [part for grad in gradients for part in grad.reshape(-1).split(_NORM_ELEMENTS)]
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(parts)).double().square().sum()
 
 
 class Parameters(ABC):
@@ -82,10 +90,7 @@ class Parameters(ABC):
         Each logical parameter counts once: a replicated one on the first tensor rank, a tied one on
         the first stage.
         """
-        parts = [part for grad in self._counted() for part in grad.view(-1).split(_NORM_ELEMENTS)]
-        square = torch.zeros((), dtype=torch.float64, device=self._device)
-        if parts:
-            square += torch.stack(torch._foreach_norm(parts)).double().square().sum()
+        square = square_sum(self._counted(), self._device)
         for group in (self._groups.model, self._groups.data):
             if group.size() > 1 and (group is self._groups.model or self._cut_over_data):
                 dist.all_reduce(square, group=group)

@@ -15,13 +15,14 @@ import pytest
 import yaml
 
 from megatron.config import Config, config_from_dict, config_to_dict, load_config
+from megatron.config.dotted import nest
 from megatron.errors import ConfigError
 from megatron.model.flops import count_parameters
 from megatron.tokenizer import load_tokenizer
 from megatron.training.dry_run import dry_run
 from tests.figures import Figure
 from tools.migrate_config import main
-from tools.migration.deepspeed_json import SAME, nest, parse_json
+from tools.migration.deepspeed_json import SAME, parse_json
 from tools.migration.flags import DEFAULTS, FLAGS, Same, Switch
 from tools.migration.run import Migration, Original
 from tools.migration.shell import open_parts, read_script, shown

@@ -27,12 +27,11 @@ from tools.benchmarks.measure import (
     Work,
     check_losses,
     interleave,
-    peak_bytes,
     timer_of,
 )
 from tools.benchmarks.program import Run, run_benchmark
 from tools.benchmarks.result import MIB, Row, Table
-from tools.benchmarks.train_step import QUICK, SHAPES
+from tools.benchmarks.train_step import QUICK, SHAPES, bytes_of_steps
 
 ENGINES = {"torch": EngineConfig()}
 if find_spec("deepspeed"):
@@ -93,17 +92,7 @@ def time_engines(launch: Launch, shape: Shape) -> dict[str, Times]:
 
 def measure_memory(launch: Launch, shape: Shape, engine: str) -> int:
     """Peak bytes of building an engine and taking two steps."""
-    # Imports what is imported late.
-    small = QUICK["quick"]
-    build_step(launch, small, engine)(draw_tokens(small, launch.device))
-    tokens = draw_tokens(shape, launch.device)
-
-    def build_and_step() -> None:
-        step = build_step(launch, shape, engine)
-        step(tokens)
-        step(tokens)
-
-    return peak_bytes(build_and_step, launch.device)
+    return bytes_of_steps(lambda shape: build_step(launch, shape, engine), shape, launch)
 
 
 def build_step(launch: Launch, shape: Shape, name: str) -> Step:

@@ -8,7 +8,7 @@ each is measured in a process of its own: weights, gradients, optimizer and ever
 steps allocate.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from megatron.cli import run_tool
@@ -129,13 +129,18 @@ def time_steps(launch: Launch, shape: Shape, rounds: int) -> dict[str, Times]:
 
 def measure_memory(launch: Launch, contender: Contender, shape: Shape) -> int:
     """Peak bytes of building one contender and taking two steps."""
+    return bytes_of_steps(lambda shape: build_step(contender, shape, launch), shape, launch)
+
+
+def bytes_of_steps(build: Callable[[Shape], Step], shape: Shape, launch: Launch) -> int:
+    """Peak bytes of what ``build`` makes and of two of its steps."""
     # Imports what is imported late.
     small = QUICK["quick"]
-    build_step(contender, small, launch)(draw_tokens(small, launch.device))
+    build(small)(draw_tokens(small, launch.device))
     tokens = draw_tokens(shape, launch.device)
 
     def build_and_step() -> None:
-        step = build_step(contender, shape, launch)
+        step = build(shape)
         step(tokens)
         step(tokens)
 

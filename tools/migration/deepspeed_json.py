@@ -6,10 +6,11 @@ config takes it there.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.config.dotted import flatten
 from megatron.errors import ConfigError
 from tools.migration.shell import open_parts, shown
 from tools.migration.values import Flags, Notes, Settings, about_open
@@ -75,7 +76,7 @@ def parse_json(text: str, place: str) -> DeepSpeedJson:
         raise ConfigError(f"{shown(place)} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{shown(place)} must be a JSON object, got {text.strip():.40}")
-    return DeepSpeedJson(shown(place), dict(_flatten(values)))
+    return DeepSpeedJson(shown(place), dict(flatten(values)))
 
 
 def take_settings(
@@ -131,23 +132,3 @@ def _is_decided(name: str, value: Any) -> bool:
 def _about_auto(name: str) -> str:
     decides = f"{SAME[name].option} decides" if name in SAME else "DeepSpeed's default holds"
     return f"only the Trainer of transformers fills it in; {decides}"
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as nested mappings."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        *sections, last = name.split(".")
-        inner = nested
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
-    return nested

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.config import Config, EngineConfig, config_from_dict
+from megatron.config.dotted import nest
 from megatron.errors import ConfigError
-from tools.migration.deepspeed_json import nest, take_settings
+from tools.migration.deepspeed_json import take_settings
 from tools.migration.flags import DEFAULTS, FLAGS, Lost, NotNeeded, Same, Switch
 from tools.migration.rules import RULES
 from tools.migration.run import DEFAULT, Migration, Original

@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config import Backend, Config
-from megatron.engine.base import Engine, NamedState, Read, StepResult
+from megatron.engine.base import Engine, NamedState, Read, StepResult, named, non_finite
 from megatron.engine.deepspeed.build import build_optimizer, initialize, prepare_model
 from megatron.engine.deepspeed.pipeline import PipelineStage, Streams, no_dropout
 from megatron.engine.deepspeed.scale import DeepSpeedLossScaler
 from megatron.engine.deepspeed.state import KINDS, WEIGHT, Part, build_state
-from megatron.errors import NonFiniteError
 from megatron.model.init import init_parameter
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement, build_placement
 from megatron.optim.held import counts, flat_boxes, held_by
+from megatron.optim.parameters import square_sum
 from mpu import ParallelGroups, RngStreams, set_shard_spec, shard_spec
 
 
@@ -70,11 +70,7 @@ class DeepSpeedEngine(Engine):
         result = self._step(list(microbatches))
         self._updates += not result.skipped
         if result.skipped and not can_scale:
-            raise NonFiniteError(
-                f"loss {result.loss} and gradient norm {result.grad_norm} must be finite; "
-                "the weights are as before this step",
-                on_every_rank=True,
-            )
+            raise non_finite(result)
         return result
 
     def trial(self, microbatches: Iterable[ModelInputs]) -> None:
@@ -221,9 +217,7 @@ class DeepSpeedEngine(Engine):
         items = [(self._specs[name], item.grad) for name, item in self._parameters.items()]
         gradients = [gradient for _, gradient in items if gradient is not None]
         counted = [g for spec, g in items if g is not None and counts(spec, self._groups)]
-        square = torch.zeros((), dtype=torch.float64, device=self._device)
-        if counted:
-            square += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        square = square_sum(counted, self._device)
         dist.all_reduce(square, group=self._groups.model)
         norm = square.sqrt().item()
         greatest = self._config.optimizer.max_grad_norm
@@ -244,12 +238,4 @@ class DeepSpeedEngine(Engine):
             spec = self._specs[name]
             boxes = () if part is None else flat_boxes(spec, self._groups, part.start, part.flat)
             cut = self._state.cut_over_data
-            held = held_by(self._groups, name, spec, boxes, cut_over_data=cut)
-            yield NamedState(
-                name=name,
-                kind=kind,
-                shape=spec.shape,
-                boxes=held.boxes,
-                owned=held.owned,
-                copied_over=held.copied_over,
-            )
+            yield named(held_by(self._groups, name, spec, boxes, cut_over_data=cut), kind)
