@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -114,16 +113,18 @@ class _CrossEntropy(torch.autograd.Function):
         # A copy, because the probabilities are computed in its place.
         precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
         probabilities = logits.to(precise, copy=True)
-        loss, local, here = _softmax_(probabilities, targets, group, columns)
-        ctx.save_for_backward(probabilities, local, here)
+        loss, factor, target = _exponentials_(probabilities, targets, group, columns)
+        probabilities.mul_(factor.unsqueeze(-1))
+        ctx.save_for_backward(probabilities, target.local, target.here)
         ctx.dtype = logits.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities, local, here = ctx.saved_tensors
-        grad_logits = _subtract_target(probabilities.clone(), local, here)
-        return grad_logits.mul_(grad.unsqueeze(-1)).to(ctx.dtype), None, None, None
+        grad_logits = probabilities * grad.unsqueeze(-1)
+        _Target(local, here).subtract_from(grad_logits, grad)
+        return grad_logits.to(ctx.dtype), None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -145,15 +146,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=precise) if with_grad else None
         # Where products are computed in float32, the weight is converted once for all chunks.
         factor = weight.float() if computes_in_float32(hidden) else weight
+        # All chunks use the same memory: on a CPU, new pages cost as much time as a product.
+        room = factor.new_empty(min(chunk, hidden.size(0)), weight.size(0))
         for start in range(0, hidden.size(0), chunk):
             part = slice(start, start + chunk)
             states = hidden[part].to(factor.dtype)
-            probabilities = F.linear(states, factor).to(precise)
-            loss, local, here = _softmax_(probabilities, targets[part], group, columns)
-            total += (loss * token_weights[part]).sum()
+            logits = torch.mm(states, factor.t(), out=room[: states.size(0)])
+            precise_logits = logits.to(precise)
+            loss, to_probabilities, target = _exponentials_(
+                precise_logits, targets[part], group, columns
+            )
+            weights = token_weights[part]
+            total += (loss * weights).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = _subtract_target(probabilities, local, here)
-                grad_logits = grad_logits.mul_(token_weights[part].unsqueeze(-1)).to(factor.dtype)
+                precise_logits.mul_((to_probabilities * weights).unsqueeze(-1))
+                target.subtract_from(precise_logits, weights)
+                grad_logits = logits.copy_(precise_logits)
                 grad_hidden[part] = grad_logits @ factor
                 add_product(grad_weight, grad_logits, states)
         if grad_hidden is not None and grad_weight is not None:
@@ -176,19 +184,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, None, None, None, None, None, None
 
 
-def _softmax_(
+@dataclass(frozen=True)
+class _Target:
+    """Where the logits of the tokens' targets are.
+
+    Attributes:
+        local: this rank's column of each token's target, 0 if it is on another rank.
+        here: whether this rank holds it.
+    """
+
+    local: Tensor
+    here: Tensor
+
+    @classmethod
+    def among(cls, columns: _Columns, targets: Tensor) -> "_Target":
+        local = targets - columns.first
+        here = (local >= 0) & (local < columns.count)
+        return cls(local.masked_fill(~here, 0), here)
+
+    def pick(self, logits: Tensor) -> Tensor:
+        """The logits of the targets, zero for those on other ranks."""
+        picked = logits.gather(-1, self.local.unsqueeze(-1)).squeeze(-1)
+        return picked.masked_fill(~self.here, 0)
+
+    def subtract_from(self, logits: Tensor, values: Tensor) -> None:
+        """Subtract a value for each token, in place."""
+        own = -values.to(logits.dtype).masked_fill(~self.here, 0)
+        logits.scatter_add_(-1, self.local.unsqueeze(-1), own.unsqueeze(-1))
+
+
+def _exponentials_(
     logits: Tensor, targets: Tensor, group: ProcessGroup, columns: _Columns
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn this rank's ``logits`` into probabilities, in place.
+) -> tuple[Tensor, Tensor, _Target]:
+    """Turn this rank's ``logits`` into exponentials, in place.
 
     Returns:
-        The loss of each token, the column of its target, and whether this rank holds that column.
+        The loss of each token, what makes its exponentials probabilities, and its target.
     """
     logits[..., columns.count :] = torch.finfo(logits.dtype).min
-    local = targets - columns.first
-    here = (local >= 0) & (local < columns.count)
-    local = local.masked_fill(~here, 0)
-    target_logit = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0)
+    target = _Target.among(columns, targets)
+    target_logit = target.pick(logits)
     own_max = logits.amax(dim=-1)
     own_sum = logits.sub_(own_max.unsqueeze(-1)).exp_().sum(dim=-1)
 
@@ -196,12 +231,6 @@ def _softmax_(
     maxima, sums, target_logits = all_gather(ranks, group, dim=0).unbind(dim=1)
     maximum = maxima.amax(dim=0)
     log_sum = (sums * (maxima - maximum).exp()).sum(dim=0).log()
-    logits.mul_((own_max - maximum - log_sum).exp().unsqueeze(-1))
     # The difference of two logits first: a large one would swallow the logarithm.
-    return log_sum + (maximum - target_logits.sum(dim=0)), local, here
-
-
-def _subtract_target(probabilities: Tensor, local: Tensor, here: Tensor) -> Tensor:
-    """Gradient of the loss with respect to the logits, in place of the probabilities."""
-    index = local.unsqueeze(-1)
-    return probabilities.scatter_add_(-1, index, -here.to(probabilities.dtype).unsqueeze(-1))
+    loss = log_sum + (maximum - target_logits.sum(dim=0))
+    return loss, (own_max - maximum - log_sum).exp(), target
