@@ -103,3 +103,18 @@ def test_full_precision_is_never_converted(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(mpu.products, "_multiplies_float32_faster", lambda: True)
     x, weight = torch.randn(5, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     assert torch.equal(linear(x, weight), x @ weight.t())
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_float32_products_are_within_rounding_by_either_library(
+    onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpu.products, "_has_faster_onednn", lambda: onednn)
+    weight, bias = torch.randn(9, 40), torch.randn(9)
+    whole = torch.randn(50, 3, 40)
+    # As they come: from a transposition, from the gradient of a sum, too few rows for oneDNN.
+    for x in (whole, whole.transpose(0, 1), whole[:1, :1].expand(3, 50, 40), whole[:2]):
+        want = x.double() @ weight.double().t()
+        torch.testing.assert_close(matmul(x, weight.t()).double(), want, rtol=1e-5, atol=1e-5)
+        want += bias.double()
+        torch.testing.assert_close(linear(x, weight, bias).double(), want, rtol=1e-5, atol=1e-5)

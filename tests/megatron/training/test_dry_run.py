@@ -1,9 +1,11 @@
 """A dry run counts what the run holds: compared with engines that really train."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
-from unittest.mock import Mock
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import mpu.collectives
 from megatron.config import Config
 from megatron.engine.torch_engine import StateBytes, TorchEngine
 from megatron.errors import ConfigError
@@ -21,6 +24,7 @@ from megatron.training.dry_run import DryRun, absent_peers, dry_run
 from megatron.training.dry_run_report import DryRunRequest, dry_run_report, take_request
 from megatron.training.live_bytes import LiveBytes
 from megatron.training.pass_bytes import META, meta_microbatch
+from mpu.collectives import Pending
 from mpu.products import main_grad
 from tests.distributed import run_ranks
 from tests.figures import Figure
@@ -97,9 +101,33 @@ def train_and_watch(config: Config) -> int:
     engine, groups = build_engine(config)
     batches = microbatches(config, 0, groups)
     engine.train_step(batches, 1e-3)
-    with LiveBytes(besides=known(engine, batches)) as live:
+    with what_is_sent_dropped_at_once(), LiveBytes(besides=known(engine, batches)) as live:
         engine.train_step(batches, 1e-3)
     return live.peak
+
+
+@contextmanager
+def what_is_sent_dropped_at_once() -> Iterator[None]:
+    """Let collectives return only when gloo's thread has dropped its tensors, a moment later."""
+
+    def patient(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object, **kwargs: object) -> object:
+            result = collective(*args, **kwargs)
+            time.sleep(0.003)
+            return result
+
+        return call
+
+    def wait(pending: Pending) -> Tensor:
+        patient(pending.work.wait)()
+        return pending.finish(pending.out)
+
+    gather = patient(mpu.collectives._all_gather_single)
+    with (
+        mock.patch.object(Pending, "wait", wait),
+        mock.patch("mpu.collectives._all_gather_single", gather),
+    ):
+        yield
 
 
 def known(engine: TorchEngine, batches: Iterable[ModelInputs]) -> list[Tensor]:
@@ -124,7 +152,7 @@ def test_activations_are_those_of_the_whole_schedule(
     layout: Layout, figure: Figure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Between GPUs, what is sent arrives soon, and is then dropped.
-    sent = Mock(**{"is_completed.return_value": True})
+    sent = mock.Mock(**{"is_completed.return_value": True})
     monkeypatch.setattr(dist, "isend", lambda *args, **kwargs: sent)
     config = on_cpu(make_config(layout, "fp32"))
     found = dry_run(config)
