@@ -148,11 +148,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = weight.float() if computes_in_float32(hidden) else weight
         # All chunks use the same memory: on a CPU, new pages cost as much time as a product.
         room = factor.new_empty(min(chunk, hidden.size(0)), weight.size(0))
+        # Of one dtype they are one, and a copy from one to the other does nothing.
+        precise_room = room if room.dtype == precise else torch.empty_like(room, dtype=precise)
         for start in range(0, hidden.size(0), chunk):
             part = slice(start, start + chunk)
             states = hidden[part].to(factor.dtype)
             logits = torch.mm(states, factor.t(), out=room[: states.size(0)])
-            precise_logits = logits.to(precise)
+            precise_logits = precise_room[: states.size(0)].copy_(logits)
             loss, to_probabilities, target = _exponentials_(
                 precise_logits, targets[part], group, columns
             )

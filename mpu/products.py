@@ -28,6 +28,9 @@ from torch import Tensor, nn
 _WEIGHT_ROWS = 2**14
 """Rows of a low-precision weight gradient that are computed at once before they are added up."""
 
+_WEIGHT_BYTES = 2**23
+"""Most memory of these rows in float32, which a CPU converts them to; malloc maps 32 MiB anew."""
+
 _ONEDNN_ROWS = 128
 """Fewest rows of a product by oneDNN, which rearranges the weight at every call."""
 
@@ -127,9 +130,10 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     if total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
         return
-    for part, columns in zip(
-        total.split(_WEIGHT_ROWS), grad.split(_WEIGHT_ROWS, dim=-1), strict=True
-    ):
+    rows = _WEIGHT_ROWS
+    if total.device.type == "cpu":
+        rows = min(rows, max(1, _WEIGHT_BYTES // (total.element_size() * total.size(1))))
+    for part, columns in zip(total.split(rows), grad.split(rows, dim=-1), strict=True):
         part += columns.t() @ x
 
 

@@ -74,7 +74,11 @@ def check_in_place(recompute: bool) -> None:
         torch.testing.assert_close(buffers[name] - 1, want[name], rtol=1e-12, atol=1e-14)
 
 
-def test_in_place_sums_are_of_the_buffers_precision() -> None:
+@pytest.mark.parametrize("most_bytes", [mpu.products._WEIGHT_BYTES, 4 * 5 * 4, 1])
+def test_in_place_sums_are_of_the_buffers_precision(
+    most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpu.products, "_WEIGHT_BYTES", most_bytes)
     grad, x = torch.randn(64, 6).bfloat16(), torch.randn(64, 5).bfloat16()
     total = torch.zeros(6, 5)
     for _ in range(100):
