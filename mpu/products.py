@@ -145,6 +145,9 @@ def computes_in_float32(x: Tensor) -> bool:
 
 def _is_for_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies ``x``, ``(*, in)``, faster than MKL."""
+    # The compiler takes the operation only for weights that it rearranged itself.
+    if torch.compiler.is_compiling():
+        return False
     fits = x.dtype == torch.float32 and x.device.type == "cpu"
     return fits and x.shape[:-1].numel() >= _ONEDNN_ROWS and _has_faster_onednn()
 

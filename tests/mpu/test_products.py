@@ -1,8 +1,12 @@
 """Gradients that are added in place, and products of low precision on a CPU."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import mpu.products
@@ -122,3 +126,18 @@ def test_float32_products_are_within_rounding_by_either_library(
         torch.testing.assert_close(matmul(x, weight.t()).double(), want, rtol=1e-5, atol=1e-5)
         want += bias.double()
         torch.testing.assert_close(linear(x, weight, bias).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_products_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpu.products, "_has_faster_onednn", lambda: True)
+    operations: list[str] = []
+
+    def backend(module: GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        operations.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    x, weight = torch.randn(200, 40), torch.randn(9, 40)
+    compiled = torch.compile(lambda: linear(x, weight).relu(), backend=backend)
+    torch.testing.assert_close(compiled(), linear(x, weight).relu())
+    assert any("linear" in name for name in operations), operations
+    assert not any("mkldnn" in name for name in operations), operations
