@@ -28,10 +28,13 @@ Ablation: TypeAlias = Literal[
     "explicit attention",
     "sdpa attention",
     "plain head",
+    "new logits",
+    "large parts",
     "autograd gradients",
     "foreach AdamW",
     "denormal numbers",
     "native bf16 products",
+    "torch's float32 products",
     "sums in turn",
     "compiled layers",
     "eager chains",
@@ -67,6 +70,11 @@ def _all_logits(
     return (losses * token_weights.flatten()).sum()
 
 
+def _new_logits(engine: TorchEngine) -> AbstractContextManager[object]:
+    product = torch.mm
+    return mock.patch("torch.mm", lambda a, b, *, out: product(a, b))
+
+
 @contextmanager
 def _autograd_gradients(engine: TorchEngine) -> Iterator[None]:
     parameters = [p for model in engine.models for p in model.parameters()]
@@ -100,6 +108,14 @@ def _denormal_numbers(engine: TorchEngine) -> Iterator[None]:
 
 def _native_products(engine: TorchEngine) -> AbstractContextManager[object]:
     return mock.patch("mpu.products._multiplies_float32_faster", return_value=False)
+
+
+def _torch_products(engine: TorchEngine) -> AbstractContextManager[object]:
+    return mock.patch("mpu.products._has_faster_onednn", return_value=False)
+
+
+def _large_parts(engine: TorchEngine) -> AbstractContextManager[object]:
+    return mock.patch("mpu.products._WEIGHT_BYTES", 2**40)
 
 
 def _sums_in_turn(engine: TorchEngine) -> AbstractContextManager[object]:
@@ -147,10 +163,13 @@ ABLATIONS: Mapping[Ablation, Context] = {
     "explicit attention": partial(_attention, "explicit"),
     "sdpa attention": partial(_attention, "sdpa"),
     "plain head": _plain_head,
+    "new logits": _new_logits,
+    "large parts": _large_parts,
     "autograd gradients": _autograd_gradients,
     "foreach AdamW": _foreach_adamw,
     "denormal numbers": _denormal_numbers,
     "native bf16 products": _native_products,
+    "torch's float32 products": _torch_products,
     "sums in turn": _sums_in_turn,
     "compiled layers": _compiled_layers,
     "eager chains": _eager_chains,
