@@ -29,7 +29,7 @@ _WEIGHT_ROWS = 2**14
 """Rows of a low-precision weight gradient that are computed at once before they are added up."""
 
 _WEIGHT_BYTES = 2**23
-"""Most memory of these rows in float32, which a CPU converts them to; malloc maps 32 MiB anew."""
+"""Most memory of these rows in float32, which a CPU converts them to: from 32 MiB on, new pages."""
 
 _ONEDNN_ROWS = 128
 """Fewest rows of a product by oneDNN, which rearranges the weight at every call."""
@@ -130,11 +130,17 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     if total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
         return
-    rows = _WEIGHT_ROWS
-    if total.device.type == "cpu":
-        rows = min(rows, max(1, _WEIGHT_BYTES // (total.element_size() * total.size(1))))
+    rows = _rows_at_once(total)
     for part, columns in zip(total.split(rows), grad.split(rows, dim=-1), strict=True):
         part += columns.t() @ x
+
+
+def _rows_at_once(total: Tensor) -> int:
+    """Rows of a low-precision product that are added to ``total``, ``(out, in)``, at once."""
+    if total.device.type != "cpu":
+        return _WEIGHT_ROWS
+    row_bytes = total.element_size() * total.size(1)
+    return min(_WEIGHT_ROWS, max(1, _WEIGHT_BYTES // row_bytes))
 
 
 def computes_in_float32(x: Tensor) -> bool:
@@ -146,9 +152,7 @@ def computes_in_float32(x: Tensor) -> bool:
 def _is_for_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies ``x``, ``(*, in)``, faster than MKL."""
     # The compiler takes the operation only for weights that it rearranged itself.
-    if torch.compiler.is_compiling():
-        return False
-    fits = x.dtype == torch.float32 and x.device.type == "cpu"
+    fits = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
     return fits and x.shape[:-1].numel() >= _ONEDNN_ROWS and _has_faster_onednn()
 
 
