@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
+
 from megatron.errors import NonFiniteError
 from megatron.model.inputs import ModelInputs
 from megatron.optim.held import Held
@@ -79,6 +81,11 @@ Read: TypeAlias = Callable[[Sequence[NamedState]], None]
 
 class Engine(ABC):
     """Trains one model. Every method is collective: all ranks call it, in the same order."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model is, and every tensor that its ranks exchange."""
 
     @abstractmethod
     def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:

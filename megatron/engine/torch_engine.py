@@ -78,6 +78,10 @@ class TorchEngine(Engine):
             self._scaler = LossScaler(config.train.loss_scale)
         self._updates = 0
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:
         self._parameters.zero_gradients()
         scale = 1.0 if self._scaler is None else self._scaler.scale

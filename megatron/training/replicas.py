@@ -46,9 +46,10 @@ def check_replicas(engine: Engine, groups: ParallelGroups) -> None:
         ReplicaError: on every rank, naming the tensors and the ranks that hold something else.
     """
     state = engine.named_state()
-    found = [finding for axis in _AXES for finding in _compare(state, groups, axis)]
+    device = engine.device
+    found = [finding for axis in _AXES for finding in _compare(state, groups, axis, device)]
     gathered: list[list[Finding]] = [[] for _ in range(dist.get_world_size())]
-    if _any_rank(bool(found), state):
+    if _any_rank(bool(found), device):
         dist.all_gather_object(gathered, found)
         raise ReplicaError(_describe(gathered), on_every_rank=True)
 
@@ -74,13 +75,15 @@ def fingerprint(box: HeldBox, shape: Sequence[int]) -> Tensor:
     return total
 
 
-def _compare(state: Sequence[NamedState], groups: ParallelGroups, axis: Axis) -> list[Finding]:
+def _compare(
+    state: Sequence[NamedState], groups: ParallelGroups, axis: Axis, device: torch.device
+) -> list[Finding]:
     """What differs along ``axis``, told by the first rank of its group."""
     group = groups.along(axis)
     copies = [entry for entry in state if axis in entry.copied_over]
     if group.size() == 1 or not copies:
         return []
-    own = torch.stack([_fingerprint_of(entry) for entry in copies])
+    own = torch.stack([_fingerprint_of(entry, device) for entry in copies])
     if axis == "embedding" and "data" not in copies[0].copied_over and groups.data.size() > 1:
         dist.all_reduce(own, group=groups.data)
     # The greatest of the complements is the complement of the least.
@@ -101,14 +104,15 @@ def _compare(state: Sequence[NamedState], groups: ParallelGroups, axis: Axis) ->
     ]
 
 
-def _fingerprint_of(entry: NamedState) -> Tensor:
-    sums = [fingerprint(box, entry.shape) for box in entry.boxes]
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
+def _fingerprint_of(entry: NamedState, device: torch.device) -> Tensor:
+    """An int64 scalar on ``device``, also where this rank holds nothing, or holds it elsewhere:
+    ranks that give tensors of different devices to a collective wait for ever."""
+    sums = [fingerprint(box, entry.shape).to(device) for box in entry.boxes]
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=device)
 
 
-def _any_rank(found: bool, state: Sequence[NamedState]) -> bool:
+def _any_rank(found: bool, device: torch.device) -> bool:
     """Whether any rank has found a difference."""
-    device = next((box.tensor.device for entry in state for box in entry.boxes), "cpu")
     flag = torch.tensor([found], dtype=torch.int32, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)

@@ -63,6 +63,10 @@ class DeepSpeedEngine(Engine):
         self._shape: torch.Size | None = None
         self._updates = 0
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr

@@ -31,6 +31,10 @@ class TwoTensors(Engine):
         self.whole = torch.full((3,), value)
         self.updates = value
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     def named_state(self) -> list[NamedState]:
         return [
             NamedState("cut", "weight", (8, 2), (HeldBox((0, 0), self.cut),), owned=True),
