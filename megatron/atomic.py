@@ -3,16 +3,28 @@
 A file is written under a temporary name beside its place, and renamed into it at the end. Whoever
 opens the name meanwhile finds the old file, or none. Any number of processes may write the same
 name at once: each writes a file of its own, and the last rename wins.
+
+A writer that is killed leaves its temporary file. It held a lock on it, which ended with it, and so
+the next writer of the same name can tell the file from one that is still being written:
+
+    .NAME.HOST.HEX.tmp      locked: somebody writes it; not locked: left over, removed
 """
 
+import fcntl
+import glob
 import os
+import platform
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
 from megatron.errors import DiskError
+
+_FOREIGN_SECONDS = 3600.0
+"""Age of another host's leftovers; some file systems keep locks to one host."""
 
 
 def make_folder(folder: Path) -> None:
@@ -35,14 +47,50 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         DiskError: if the file cannot be written. The body should do nothing but write, since any
             OSError of it is taken for a failure to write.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary: Path | None = None
     try:
-        with temporary.open("xb", buffering=1 << 20) as file:
+        _remove_leftovers(path)
+        temporary, file = _open_temporary(path)
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+            temporary.replace(path)
+    except BaseException as error:
+        if temporary is not None:
+            # What went wrong is told, and not that its traces cannot be removed either.
+            with suppress(OSError):
+                temporary.unlink()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise DiskError(f"{path}: cannot be written: {reason}") from error
+        raise
+
+
+def _host() -> str:
+    return platform.node().replace(".", "-")
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file for what is to become ``path``, and its name."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{_host()}.{uuid4().hex}.tmp")
+        file = temporary.open("xb", buffering=1 << 20)
+        # Without locks, as some network file systems are, leftovers stay.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Before the lock, another writer may have taken the file for a leftover.
+        if temporary.exists():
+            return temporary, file
+        file.close()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of ``path`` have left, as far as it can be told and removed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError), leftover.open("rb") as file:
+            host = leftover.name.split(".")[-3]
+            age = time.time() - leftover.stat().st_mtime
+            if host == _host() or age > _FOREIGN_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()

@@ -32,7 +32,7 @@ from megatron.checkpoint.format import (
 )
 from megatron.checkpoint.verify import find_damages
 from megatron.errors import CheckpointError
-from megatron.together import run_on_first, run_together
+from megatron.together import gather_on_first, run_everywhere, run_on_first, run_together
 from mpu.sharding import HeldBox
 
 # So many names are listed where tensors are missing or unexpected.
@@ -146,9 +146,9 @@ class CheckpointReader:
 
     def _read(self, targets: Sequence[StateTensor], stored: set[TensorKey], *, exact: bool) -> None:
         """Fill ``targets``, which must be ``stored``; with equal dtypes if ``exact``."""
-        keys = run_together(lambda: self._check_targets(targets, exact), self._group)
-        self._check_names(set().union(*keys), stored)
-        run_together(lambda: self._fill(targets), self._group)
+        keys = gather_on_first(lambda: self._check_targets(targets, exact), self._group)
+        run_on_first(lambda: self._check_names(set().union(*keys), stored), self._group)
+        run_everywhere(lambda: self._fill(targets), self._group)
 
     def _check_targets(self, targets: Sequence[StateTensor], exact: bool) -> set[TensorKey]:
         for target in targets:
@@ -167,8 +167,7 @@ class CheckpointReader:
         if wanted != stored:
             raise CheckpointError(
                 f"{self.path}: is of another model. Missing in the checkpoint: "
-                f"{_some(wanted - stored)}\nMissing in the model: {_some(stored - wanted)}",
-                on_every_rank=True,
+                f"{_some(wanted - stored)}\nMissing in the model: {_some(stored - wanted)}"
             )
 
     def _fill(self, targets: Iterable[StateTensor]) -> None:

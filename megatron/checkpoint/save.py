@@ -46,7 +46,7 @@ from megatron.checkpoint.format import (
     hash_file,
 )
 from megatron.errors import CheckpointError, DiskError
-from megatron.together import run_on_first, run_together
+from megatron.together import gather_on_first, run_on_first
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def save_checkpoint(
         state=dict(state), config=dict(config), layout=dict(layout), tensors=(), files={}
     )
     target = step_folder(folder, step)
-    needed = sum(run_together(lambda: _num_bytes(owned), group)) + _total(files)
+    needed = sum(gather_on_first(lambda: _num_bytes(owned), group)) + _total(files)
     temporary = run_on_first(lambda: _prepare(target, needed), group)
 
     try:
-        parts = run_together(lambda: _write_part(temporary, rank, owned), group)
+        parts = gather_on_first(lambda: _write_part(temporary, rank, owned), group)
         run_on_first(lambda: _commit(about, parts, files, temporary, target), group)
         run_on_first(lambda: remove_old(folder, target, keep_last), group)
     finally:
@@ -252,6 +252,12 @@ def _disk_errors(path: Path, needed: int) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        folder = path.parent
-        room = f"; {shutil.disk_usage(folder).free} are free" if folder.is_dir() else ""
-        raise DiskError(f"{path}: cannot write {needed} bytes: {reason}{room}") from error
+        raise DiskError(f"{path}: cannot write {needed} bytes: {reason}{_room(path)}") from error
+
+
+def _room(path: Path) -> str:
+    """How much is free where ``path`` should be, if that can be told."""
+    try:
+        return f"; {shutil.disk_usage(path.parent).free} are free"
+    except OSError:
+        return ""
