@@ -162,7 +162,7 @@ class TorchEngine(Engine):
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         # Every stage has the weights; they count where the loss does.
         if loss is not None:
-            weights = [inputs.loss_weights.sum().double() for inputs in microbatches]
+            weights = [inputs.loss_weights.sum(dtype=torch.float64) for inputs in microbatches]
             totals += torch.stack([loss, torch.stack(weights).sum()])
         for group in (self._groups.data, self._groups.pipeline):
             if group.size() > 1:

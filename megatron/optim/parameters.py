@@ -26,16 +26,26 @@ from mpu import ParallelGroups
 Fill: TypeAlias = Callable[[str, nn.Parameter], None]
 """Gives this rank's part of the parameter of that name its value."""
 
-_NORM_ELEMENTS = 2**24
-"""Elements whose squares are summed up in the precision of the gradient; more are in float64."""
+_CPU_ELEMENTS = 2**16
+"""Elements of a gradient whose squares are summed up at once on a CPU, which converts them first:
+bounds the memory besides the gradients."""
+
+_GPU_ELEMENTS = 2**24
+"""The same on a GPU, whose kernel converts each element as it reads it."""
 
 
 def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of the squares of all elements on this rank, a float64 scalar."""
-    parts = [part for grad in gradients for part in grad.reshape(-1).split(_NORM_ELEMENTS)]
+    """Sum of the squares of all elements on this rank, a float64 scalar.
+
+    All of it is computed in float64. In float32 squares overflow from 1e19 on, and a CPU, which
+    adds up one long row, is wrong by 6e-4 of the sum of 2^24 elements: by another part of it
+    wherever the gradient is cut in another way.
+    """
+    most = _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
+    parts = [part for grad in gradients for part in grad.reshape(-1).split(most)]
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(parts)).double().square().sum()
+    return torch.stack(torch._foreach_norm(parts, 2, torch.float64)).square().sum()
 
 
 class Parameters(ABC):

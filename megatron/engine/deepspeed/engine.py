@@ -180,7 +180,8 @@ class DeepSpeedEngine(Engine):
 
     def _as_means(self, microbatches: list[ModelInputs]) -> list[ModelInputs]:
         """With weights of which the mean over microbatches and data ranks is that of the tokens."""
-        total = torch.stack([inputs.loss_weights.sum().double() for inputs in microbatches]).sum()
+        sums = [inputs.loss_weights.sum(dtype=torch.float64) for inputs in microbatches]
+        total = torch.stack(sums).sum()
         dist.all_reduce(total, group=self._groups.data)
         count = len(microbatches) * self._groups.data.size()
         factor = (count / total.clamp(min=1)).float()
