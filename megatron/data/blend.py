@@ -70,6 +70,13 @@ def samples_of_each(weights: Sequence[float], num_samples: int) -> list[int]:
     return [math.ceil(num_samples * weight * 1.005) for weight in weights]
 
 
+def taken_of_each(weights: Sequence[float], num_samples: int) -> list[int]:
+    """How many of its first ``num_samples`` a blend takes of each dataset."""
+    datasets, _ = blend(weights, num_samples)
+    counts: list[int] = np.bincount(datasets, minlength=len(weights)).tolist()
+    return counts
+
+
 def blend(
     weights: Sequence[float], num_samples: int
 ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.unsignedinteger[Any]]]:

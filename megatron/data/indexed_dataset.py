@@ -113,10 +113,10 @@ class IndexedDataset:
     def get(
         self, index: int, offset: int = 0, length: int | None = None
     ) -> NDArray[np.integer[Any]]:
-        """``length`` tokens of a sequence from ``offset`` on, or all that follow."""
+        """``length`` tokens of a sequence from ``offset`` on, or all that follow, if any."""
         first = int(self._pointers[index]) // self.dtype.itemsize
         stop = first + int(self.sizes[index])
-        first += offset
+        first = min(first + offset, stop)
         return self.tokens[first : stop if length is None else min(stop, first + length)]
 
     @cached_property

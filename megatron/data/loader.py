@@ -14,9 +14,15 @@ import numpy as np
 import torch
 
 from megatron.config import Config
-from megatron.data.blend import BlendedSamples, samples_of_each, split_documents
+from megatron.data.blend import (
+    BlendedSamples,
+    samples_of_each,
+    split_documents,
+    taken_of_each,
+)
 from megatron.data.cache import ArraySpec, cache_key, cached_arrays
 from megatron.data.description import Description, description_path, read_description
+from megatron.data.history import Phase, continued_samples
 from megatron.data.indexed_dataset import IndexedDataset, bin_path
 from megatron.data.sampler import microbatch_samples
 from megatron.data.samples import GPTSamples, Samples
@@ -29,10 +35,16 @@ Microbatch: TypeAlias = dict[str, torch.Tensor]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
-def build_samples(config: Config, split: Split, num_samples: int) -> Samples:
+def build_samples(
+    config: Config, split: Split, num_samples: int, phases: Sequence[Phase] = ()
+) -> Samples:
     """The samples of one split of all data, at least ``num_samples``, in the order of training.
 
     Every rank calls it and gets the same; orders are kept in config.data.cache_folder.
+
+    Args:
+        phases: those of a run that has gone on otherwise than it began, the last one that of
+            ``num_samples``; none is a run that reads as its config says, from the first sample on.
 
     Raises:
         DataError: if data is missing, damaged, too small for the split, or not of the model's
@@ -44,20 +56,32 @@ def build_samples(config: Config, split: Split, num_samples: int) -> Samples:
     tokenizer = None
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
+    phases = phases or [Phase(0, config.model.seq_length, num_samples)]
     if len(paths) == 1:
-        return _build_dataset(config, next(iter(paths)), split, num_samples, tokenizer)
+        return _build_dataset(config, next(iter(paths)), split, phases, tokenizer)
     total = sum(paths.values())
     weights = [weight / total for weight in paths.values()]
     datasets = [
-        _build_dataset(config, path, split, needed, tokenizer)
-        for path, needed in zip(paths, samples_of_each(weights, num_samples), strict=True)
+        _build_dataset(config, path, split, own, tokenizer)
+        for path, own in zip(paths, phases_of_each(phases, weights), strict=True)
     ]
-    return BlendedSamples(datasets, weights, num_samples)
+    return BlendedSamples(datasets, weights, max(phase.num_samples for phase in phases))
+
+
+def phases_of_each(phases: Sequence[Phase], weights: Sequence[float]) -> Iterator[list[Phase]]:
+    """For each dataset of a blend, what the phases of the run are of its own samples."""
+    needs = [samples_of_each(weights, phase.num_samples) for phase in phases]
+    firsts = [taken_of_each(weights, phase.first) for phase in phases]
+    for dataset in range(len(weights)):
+        yield [
+            Phase(first[dataset], phase.seq_length, needed[dataset])
+            for first, phase, needed in zip(firsts, phases, needs, strict=True)
+        ]
 
 
 def _build_dataset(
-    config: Config, prefix: str, split: Split, num_samples: int, tokenizer: str | None
-) -> GPTSamples:
+    config: Config, prefix: str, split: Split, phases: Sequence[Phase], tokenizer: str | None
+) -> Samples:
     """The samples of one path; ``tokenizer`` is the fingerprint of config.data.tokenizer."""
     dataset = IndexedDataset(prefix)
     folder = config.data.cache_folder or dataset.prefix.parent
@@ -71,9 +95,11 @@ def _build_dataset(
             f"{prefix}: data.split {list(config.data.split)} leaves none of its {len(dataset)} "
             f"documents for {split}"
         )
-    return GPTSamples(
-        dataset, num_samples, config.model.seq_length, config.train.seed, documents, folder
-    )
+
+    def new_order(num_samples: int, seq_length: int, seed: int) -> GPTSamples:
+        return GPTSamples(dataset, num_samples, seq_length, seed, documents, folder)
+
+    return continued_samples(phases, config.train.seed, new_order)
 
 
 def _check_description(

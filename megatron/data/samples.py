@@ -183,22 +183,29 @@ class GPTSamples:
             lambda: order.build(documents, dataset.sizes),
         )
         self._dataset = dataset
-        self._seq_length = seq_length
+        self.seq_length = seq_length
         self._document_index = arrays["document_index"]
         self._sample_index = arrays["sample_index"]
-        self._shuffle_index = arrays["shuffle_index"]
+        self.shuffle_index = arrays["shuffle_index"]
 
     def __len__(self) -> int:
-        return len(self._shuffle_index)
+        return len(self.shuffle_index)
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        sample = int(self._shuffle_index[range(len(self))[index]])
-        (entry, offset), (last, _) = self._sample_index[sample : sample + 2].tolist()
-        tokens = np.empty(self._seq_length + 1, np.int64)
+        sample = int(self.shuffle_index[range(len(self))[index]])
+        return self.tokens(sample * self.seq_length, self.seq_length + 1)
+
+    def tokens(self, start: int, length: int) -> NDArray[np.int64]:
+        """``length`` tokens of the documents laid end to end, from ``start`` on."""
+        sample, skipped = divmod(start, self.seq_length)
+        entry, offset = self._sample_index[sample].tolist()
+        last = self._sample_index[-(-(start + length - 1) // self.seq_length), 0]
+        offset += skipped
+        tokens = np.empty(length, np.int64)
         filled = 0
         for document in self._document_index[entry : last + 1].tolist():
-            part = self._dataset.get(document, offset, len(tokens) - filled)
+            part = self._dataset.get(document, offset, length - filled)
             tokens[filled : filled + len(part)] = part
             filled += len(part)
-            offset = 0
+            offset = max(0, offset - int(self._dataset.sizes[document]))
         return tokens

@@ -50,9 +50,11 @@ def global_batch_size(consumed_samples: int, config: TrainConfig) -> int:
     return rampup.start + done * rampup.increment
 
 
-def batch_plan(config: TrainConfig) -> Iterator[int]:
-    """The batch of every step of the run, which ends before a batch that would go beyond it."""
-    consumed = 0
+def batch_plan(config: TrainConfig, consumed: int = 0) -> Iterator[int]:
+    """The batch of every step after ``consumed`` samples, up to one that would go beyond the run.
+
+    A run that goes on with other batches than it began with has made other steps before.
+    """
     while consumed + (batch := global_batch_size(consumed, config)) <= config.samples:
         yield batch
         consumed += batch

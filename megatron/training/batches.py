@@ -1,10 +1,11 @@
 """The microbatches of a step or an evaluation, on every rank that needs them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from megatron.config import Config
+from megatron.data.history import Phase
 from megatron.data.loader import MicrobatchLoader, Split, build_samples
 from megatron.launch import Launch
 from megatron.model.inputs import ModelInputs, build_inputs
@@ -21,13 +22,20 @@ class BatchReader:
     Args:
         num_samples: that will be read, from the first on; for 0, the split may be empty.
         eod_id: the end-of-document token, if the tokenizer is known.
+        phases: how the samples have been read so far, see ``build_samples``.
 
     Raises:
         DataError: if the data cannot be used.
     """
 
     def __init__(
-        self, config: Config, launch: Launch, split: Split, num_samples: int, eod_id: int | None
+        self,
+        config: Config,
+        launch: Launch,
+        split: Split,
+        num_samples: int,
+        eod_id: int | None,
+        phases: Sequence[Phase] = (),
     ) -> None:
         self._config = config
         self._launch = launch
@@ -35,7 +43,7 @@ class BatchReader:
         self._weight_dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
         self._loader: MicrobatchLoader | None = None
         if launch.groups.tensor.rank() == 0 and num_samples > 0:
-            samples = build_samples(config, split, num_samples)
+            samples = build_samples(config, split, num_samples, phases)
             data = launch.groups.data
             self._loader = MicrobatchLoader(samples, data.rank(), data.size())
 

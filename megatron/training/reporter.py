@@ -33,7 +33,9 @@ class Reporter:
     def __init__(self, config: Config, launch: Launch, start: Progress) -> None:
         self._config = config
         self._launch = launch
-        self._total_steps = sum(1 for _ in batch_plan(config.train))
+        self._total_steps = start.step + sum(
+            1 for _ in batch_plan(config.train, start.consumed_samples)
+        )
         self._flops_per_token = flops_per_token(config.model, "causal")
         self._bytes_per_token = bytes_per_token(config.data.paths)
         self._device = _device_name(launch.device)
@@ -86,7 +88,7 @@ class Reporter:
         metrics = StepMetrics(
             step=progress.step,
             consumed_samples=progress.consumed_samples,
-            consumed_tokens=progress.consumed_samples * seq_length,
+            consumed_tokens=progress.consumed_tokens,
             loss=result.loss,
             learning_rate=lr,
             grad_norm=result.grad_norm,

@@ -17,22 +17,13 @@ from megatron.errors import CheckpointError
 from megatron.launch import Launch
 from megatron.together import run_on_first
 from megatron.tokenizer import Tokenizer
+from megatron.training.changes import check_changes, read_progress
 from megatron.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
-
-# What may differ between a save and the run that goes on from it, of the options of the model.
-_MAY_DIFFER = (
-    "attention_backend",
-    "attention_dropout",
-    "hidden_dropout",
-    "init_std",
-    "layernorm",
-    "vocab_padding_multiple",
-)
 
 
 class RunCheckpoints:
@@ -70,6 +61,7 @@ class RunCheckpoints:
             state={
                 "step": progress.step,
                 "consumed_samples": progress.consumed_samples,
+                "consumed_tokens": progress.consumed_tokens,
                 "engine": self._engine.scalars(),
                 **self._choices,
             },
@@ -90,11 +82,11 @@ class RunCheckpoints:
         if reader is None:
             logger.info("fresh start: no save in %s", self._folder)
             return Progress()
-        _check_config(reader, config_to_dict(self._config))
+        progress = read_progress(reader)
+        check_changes(self._config, reader, progress)
         self._engine.load_state(
             lambda state: reader.read_into(state_tensors(state)), reader.state["engine"]
         )
-        progress = Progress(int(reader.state["step"]), int(reader.state["consumed_samples"]))
         logger.info("resumed from %s, saved at layout %s", reader.path, dict(reader.layout))
         return progress
 
@@ -136,19 +128,3 @@ def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     return {f"{TOKENIZER}/{name}": content for name, content in tokenizer.files().items()}
-
-
-def _check_config(reader: CheckpointReader, config: Mapping[str, Any]) -> None:
-    """Refuse another model; tell of every other option that has changed."""
-    for section in ("model", "train", "data", "optimizer"):
-        saved = reader.config.get(section, {})
-        for name, value in config[section].items():
-            before = saved.get(name)
-            if before == value:
-                continue
-            if section == "model" and name not in _MAY_DIFFER:
-                raise CheckpointError(
-                    f"model.{name} is {value}, but {before} in {reader.path}: not the same model",
-                    on_every_rank=True,
-                )
-            logger.info("%s.%s is now %s, and was %s at the save", section, name, value, before)

@@ -1,22 +1,25 @@
 """The training run: build the parts, and then step, evaluate and save until it is done."""
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 
 import torch.distributed as dist
 import yaml
 
 from megatron.config import Config, config_to_dict
+from megatron.data.history import Phase
 from megatron.data.loader import Split
 from megatron.engine.base import Engine
 from megatron.errors import ConfigError, DiskError, NonFiniteError, StoppedOnRequestError
 from megatron.launch import Launch, RankEnvironment, launched, read_environment
 from megatron.log import setup_logging
-from megatron.optim.schedule import batch_plan, global_batch_size, learning_rate
+from megatron.optim.schedule import global_batch_size, learning_rate
 from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.attention_choice import choose_backend
 from megatron.training.batches import BatchReader
+from megatron.training.changes import run_phases, saved_choices
 from megatron.training.engine_choice import build_engine, check_engine
 from megatron.training.micro_batch import EngineTrial, choose_micro_batch
 from megatron.training.replicas import check_replicas
@@ -57,15 +60,16 @@ class _Run:
         self._stop = StopRequest()
         run_on_first(lambda: _write_config(config), world)
         tokenizer = run_everywhere(lambda: _load_tokenizer(config), world)
-        # Data first: what is wrong with it is known before the model is built.
+        newest = open_newest(config)
+        phases = run_phases(config, newest)
+        # Before the model is built: what is wrong with the data is known soon.
         self._train_data = run_everywhere(
-            lambda: _open_data(config, launch, "train", tokenizer), world
+            lambda: _open_data(config, launch, "train", tokenizer, phases), world
         )
         self._valid_data = run_everywhere(
             lambda: _open_data(config, launch, "valid", tokenizer), world
         )
-        newest = open_newest(config)
-        saved = {} if newest is None else newest.state
+        saved = saved_choices(config, newest)
         attention = choose_backend(config, launch.device, saved, group=world)
         self._engine: Engine = run_everywhere(
             lambda: build_engine(config, launch, environment, attention.backend), world
@@ -78,7 +82,11 @@ class _Run:
             group=world,
         )
         self._micro_batch = micro_batch.size
-        choices = {**attention.to_state(), **micro_batch.to_state()}
+        choices = {
+            **attention.to_state(),
+            **micro_batch.to_state(),
+            "phases": [vars(phase) for phase in phases],
+        }
         self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer, choices)
         self._progress = self._checkpoints.resume(newest)
         self._saved_step = self._progress.step
@@ -124,7 +132,7 @@ class _Run:
         microbatches = self._train_data.read(
             self._progress.consumed_samples, batch_size, self._micro_batch
         )
-        self._progress = self._progress.after(batch_size)
+        self._progress = self._progress.after(batch_size, self._config.model.seq_length)
         lr = learning_rate(
             self._progress.consumed_samples, self._config.optimizer, self._config.train.samples
         )
@@ -177,8 +185,12 @@ def _load_tokenizer(config: Config) -> Tokenizer | None:
 
 
 def _open_data(
-    config: Config, launch: Launch, split: Split, tokenizer: Tokenizer | None
+    config: Config,
+    launch: Launch,
+    split: Split,
+    tokenizer: Tokenizer | None,
+    phases: Sequence[Phase] = (),
 ) -> BatchReader:
-    num_samples = sum(batch_plan(config.train)) if split == "train" else config.train.eval_samples
+    num_samples = config.train.samples if split == "train" else config.train.eval_samples
     eod_id = None if tokenizer is None else tokenizer.eod_id
-    return BatchReader(config, launch, split, num_samples, eod_id)
+    return BatchReader(config, launch, split, num_samples, eod_id, phases)

@@ -32,7 +32,7 @@ def report(folder: Path, launch: Launch, start: Progress | None = None) -> list[
     progress = start or Progress()
     reporter = Reporter(config, launch, progress)
     while progress.step < 8:
-        progress = progress.after(4)
+        progress = progress.after(4, config.model.seq_length)
         reporter.step(progress, StepResult(3.5, 1.25), 1e-3, 4, 0.5)
     reporter.evaluation(progress, "valid", 2.0)
     reporter.close()
