@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import log2
 from typing import Any
 
+from megatron.config.deepspeed_options import rule_for
 from megatron.config.dotted import flatten, nest
 from megatron.config.engine import EngineConfig
 from megatron.config.parallel import ParallelConfig
@@ -158,3 +159,5 @@ def _check_extra(extra: Mapping[str, Any], owned: Mapping[str, Owned]) -> None:
                 f"{option} ({json.dumps(value)}) must not differ from {owned[name].option} "
                 f"({json.dumps(owned[name].value)})",
             )
+        broken = rule_for(name, value)
+        require(broken is None, f"{option} ({json.dumps(value):.60}) {broken}")

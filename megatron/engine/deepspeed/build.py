@@ -11,8 +11,8 @@ What each tensor rank has a part of the gradient of, is summed up in a hook.
 
 import logging
 import warnings
-from collections.abc import Iterable
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
 from typing import Any
@@ -24,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import Init, register_external_parameter
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import AdamW
@@ -95,7 +96,7 @@ def initialize(
     """DeepSpeed's engine, around a model or a pipeline stage. Collective."""
     engine: deepspeed.DeepSpeedEngine
     # Parts of DeepSpeed print, on every rank.
-    with redirect_stdout(StringIO()) as printed:
+    with redirect_stdout(StringIO()) as printed, _options_named():
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -106,6 +107,20 @@ def initialize(
         )
     logger.debug("DeepSpeed: %s", printed.getvalue())
     return engine
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Raise what DeepSpeed does not take of its options as ConfigError."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"engine.deepspeed: DeepSpeed refuses {name} ({first['input']}): {first['msg']}",
+            on_every_rank=True,
+        ) from error
 
 
 def _options(config: Config, groups: ParallelGroups) -> dict[str, Any]:
@@ -167,13 +182,14 @@ def _partition(
     layers = list(model.language_model.transformer.layers.values())
     for part in (*layers, model):
         _materialise(part, device)
-        Init(
-            module=part,
-            data_parallel_group=groups.data,
-            mpu=Grid(groups),
-            config_dict_or_path=options,
-            dtype=model.placement.dtype,
-        )
+        with _options_named():
+            Init(
+                module=part,
+                data_parallel_group=groups.data,
+                mpu=Grid(groups),
+                config_dict_or_path=options,
+                dtype=model.placement.dtype,
+            )
     # A layer reads parameters of its parts itself, and the model the word embedding.
     set_z3_leaf_modules(model, [ParallelTransformerLayer], raise_if_not_found=False)
     if model.stage.last:
