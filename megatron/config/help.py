@@ -31,7 +31,7 @@ def _add_section(parser: ArgumentParser, config: type, prefix: str) -> None:
         if isinstance(hint, type) and is_dataclass(hint):
             sections.append((hint, f"{name}."))
             continue
-        about = f"type: {_type_name(hint)}, {_default(field)}"
+        about = _about(hint, field)
         group.add_argument(
             f"--{name}",
             metavar=_choices(hint) or field.name.upper(),
@@ -57,12 +57,13 @@ def _field_words(config: type) -> dict[str, str]:
     return found
 
 
-def _default(field: "Field[Any]") -> str:
+def _about(hint: Any, field: "Field[Any]") -> str:
+    kind = f"type: {_type_name(hint)}"
     if field.default is not MISSING:
-        return f"default: {'null' if field.default is None else field.default}"
+        return f"{kind}, default: {'null' if field.default is None else field.default}"
     if field.default_factory is not MISSING:
-        return f"default: {field.default_factory()}"
-    return "required"
+        return f"{kind}, default: {field.default_factory()}"
+    return f"required, {kind}"
 
 
 def _choices(hint: Any) -> str:
