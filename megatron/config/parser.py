@@ -10,6 +10,7 @@ names and types:
     a wrong file        --config run.yaml: cannot be read: No such file or directory
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
@@ -59,7 +60,7 @@ def parse_config(config: type[T], argv: Sequence[str], *, prog: str, description
     options = _option_types(config)
     given = list(_read_words(argv, options))
     if any(it.name == "help" for it in given):
-        print(build_help(config, prog, description).format_help(), end="")
+        sys.stdout.write(build_help(config, prog, description).format_help())
         raise SystemExit(0)
     values: dict[str, Any] = {}
     for it in given:
@@ -68,7 +69,7 @@ def parse_config(config: type[T], argv: Sequence[str], *, prog: str, description
         elif it.name != "print_config":
             _set_option(it.name, str(it.value), options, values)
     if any(it.name == "print_config" for it in given):
-        print(yaml.safe_dump(_shown(config, values), sort_keys=False), end="")
+        sys.stdout.write(yaml.safe_dump(_shown(config, values), sort_keys=False))
         raise SystemExit(0)
     return _build(config, values)
 
