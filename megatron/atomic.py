@@ -1,7 +1,8 @@
 """Files that appear complete or not at all.
 
 A file is written under a temporary name beside its place, and renamed into it at the end. Whoever
-opens the name meanwhile finds the old file, or none. Any number of processes may write the same
+opens the name meanwhile finds the old file, or none. Several that belong together are all written
+before the first of them is renamed. Any number of processes may write the same
 name at once: each writes a file of its own, and the last rename wins.
 
 A writer that is killed leaves its temporary file. It held a lock on it, which ended with it, and so
@@ -16,7 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -94,3 +95,26 @@ def _remove_leftovers(path: Path) -> None:
             if host == _host() or age > _FOREIGN_SECONDS:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
+
+
+@contextmanager
+def atomic_writes(*paths: Path) -> Iterator[dict[Path, BinaryIO]]:
+    """Open files that take their names when the body ends, in the order of ``paths``, or are all
+    removed when it fails: none appears unless all could be written.
+
+    Raises:
+        DiskError: as ``atomic_write`` does.
+    """
+    for path in paths:
+        # No file can take the name of a folder, which would be found when others have appeared.
+        if path.is_dir():
+            raise DiskError(f"{path}: cannot be written: is a folder")
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(atomic_write(path)) for path in reversed(paths)}
+        yield files
+        for path, file in files.items():
+            try:
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise DiskError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,11 +1,15 @@
 """The saves of a run: one folder each, complete or not there.
 
-step-00000100                   a save, if its manifest is valid
+What is not there and what cannot be read are two things. Nothing here takes a save that is damaged,
+or a disk that fails, for a save that was never made.
+
+step-00000100                   a save; one without a valid manifest is damaged, not absent
 .step-00000100.tmp-1f3a         a save being written or removed; leftover if nobody is at it
-step-00000100.damaged-1f3a      a save without a valid manifest, set aside for another one
+step-00000100.damaged-1f3a      a damaged save, set aside so that its step can be saved again
 """
 
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -13,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.checkpoint.format import read_manifest
+from megatron.checkpoint.verify import find_damages
 from megatron.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -26,29 +31,62 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and paths of the valid saves in ``folder``, oldest first.
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and paths of what is named like a save in ``folder``, oldest first, valid or not.
 
-    A save is valid if its manifest is; its other files are verified when it is opened. Folders that
-    look like a save and are not valid are logged.
+    Raises:
+        CheckpointError: if ``folder`` is there, but cannot be read.
     """
-    return [(step, path) for step, path in _step_folders(folder) if is_valid(path)]
-
-
-def find_latest(folder: Path) -> Path | None:
-    """The newest valid save in ``folder``, or None. Newer invalid ones are logged."""
-    newest_first = reversed(_step_folders(folder))
-    return next((path for _, path in newest_first if is_valid(path)), None)
-
-
-def _step_folders(folder: Path) -> list[tuple[int, Path]]:
-    paths = folder.iterdir() if folder.is_dir() else iter(())
-    named = ((STEP_FOLDER.fullmatch(path.name), path) for path in paths)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    named = ((STEP_FOLDER.fullmatch(name), folder / name) for name in names)
     return sorted((int(match[1]), path) for match, path in named if match is not None)
 
 
+def find_latest(folder: Path) -> Path | None:
+    """The newest save in ``folder``, or None if there is none. Opening it tells if it is damaged.
+
+    Raises:
+        CheckpointError: if ``folder`` is there, but cannot be read.
+    """
+    return next((path for _, path in reversed(step_folders(folder))), None)
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and paths of the saves in ``folder`` that seem whole, oldest first.
+
+    Their manifests are valid, and all files are there in full length; hashes are compared when a
+    save is opened. Others are logged.
+    """
+    whole = []
+    for step, path in step_folders(folder):
+        reason = find_fault(path)
+        if reason is None:
+            whole.append((step, path))
+        else:
+            logger.warning("not a valid checkpoint: %s", reason)
+    return whole
+
+
+def find_fault(path: Path) -> str | None:
+    """Why ``path`` is not a save with a valid manifest and all its files; None if it is one."""
+    try:
+        manifest = read_manifest(path)
+        return next(iter(find_damages(path, manifest, manifest.files, verify=False)), None)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+
+
 def is_valid(path: Path) -> bool:
-    """Whether ``path`` is a save with a valid manifest; if not, the reason is logged."""
+    """Whether ``path`` is a save with a valid manifest; if not, the reason is logged.
+
+    Raises:
+        OSError: if that cannot be told.
+    """
     try:
         read_manifest(path)
     except CheckpointError as error:
@@ -63,10 +101,10 @@ def temporary_folder(path: Path) -> Path:
 
 
 def set_aside(path: Path) -> None:
-    """Rename an invalid save, so that its step can be saved again and nothing is lost."""
+    """Rename a damaged save, so that its step can be saved again and nothing is lost."""
     target = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
     path.rename(target)
-    logger.warning("moved the invalid checkpoint %s to %s", path, target)
+    logger.warning("moved the damaged checkpoint %s to %s", path, target.name)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -76,9 +114,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_old(folder: Path, newest: Path, keep_last: int) -> None:
-    """Keep ``newest`` and so many other valid saves that ``keep_last`` remain; 0 keeps all.
+    """Keep ``newest`` and so many other whole saves that ``keep_last`` remain; 0 keeps all.
 
-    A save that cannot be removed is logged, since the new one is complete.
+    Damaged ones neither count nor are removed. A save that cannot be removed is logged, since the
+    new one is complete.
     """
     for path in _superfluous(folder, newest, keep_last):
         try:

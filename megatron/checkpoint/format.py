@@ -155,10 +155,13 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: if it is missing, damaged, of another format, or contradicts itself.
     """
-    path = find_member(folder, MANIFEST)
+    path = folder / MANIFEST
     try:
-        return decode_manifest(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return decode_manifest(find_member(folder, MANIFEST).read_bytes())
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed import ProcessGroup
 
-from megatron.checkpoint.folders import list_checkpoints
+from megatron.checkpoint.folders import find_fault, step_folders
 from megatron.checkpoint.format import (
     Box,
     Manifest,
@@ -213,7 +213,8 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         return read_manifest(path)
     except CheckpointError as error:
-        names = ", ".join(other.name for _, other in list_checkpoints(path.parent)) or "none"
+        others = [other for _, other in step_folders(path.parent) if other.name != path.name]
+        names = ", ".join(other.name for other in others if find_fault(other) is None) or "none"
         raise CheckpointError(f"{error}\nvalid checkpoints in {path.parent}: {names}") from error
 
 

@@ -12,7 +12,7 @@ the save everywhere. The temporary folder then goes, and older saves are as they
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -68,6 +68,7 @@ def save_checkpoint(
     files: Mapping[str, bytes],
     group: ProcessGroup | None,
     keep_last: int,
+    guard: Callable[[], None] = lambda: None,
 ) -> Path:
     """Save ``tensors`` and the rest as ``folder``/step-<step> and return that path.
 
@@ -77,7 +78,8 @@ def save_checkpoint(
     Args:
         tensors: what this rank holds; it writes those that it owns.
         files: names, relative to the save, and contents of files to keep with it.
-        keep_last: valid saves to keep, this one included; 0 keeps all.
+        keep_last: whole saves to keep, this one included; 0 keeps all.
+        guard: called on rank 0 before it changes the folder; raises if that belongs to another run.
 
     Raises:
         DiskError: on every rank, if there is no room or a file cannot be written.
@@ -91,11 +93,11 @@ def save_checkpoint(
     )
     target = step_folder(folder, step)
     needed = sum(gather_on_first(lambda: _num_bytes(owned), group)) + _total(files)
-    temporary = run_on_first(lambda: _prepare(target, needed), group)
+    temporary = run_on_first(lambda: _prepare(target, needed, guard), group)
 
     try:
         parts = gather_on_first(lambda: _write_part(temporary, rank, owned), group)
-        run_on_first(lambda: _commit(about, parts, files, temporary, target), group)
+        run_on_first(lambda: _commit(about, parts, files, temporary, target, guard), group)
         run_on_first(lambda: remove_old(folder, target, keep_last), group)
     finally:
         # After the rename there is nothing of that name.
@@ -112,8 +114,9 @@ def _total(files: Mapping[str, bytes]) -> int:
     return sum(len(content) for content in files.values())
 
 
-def _prepare(target: Path, needed: int) -> Path:
+def _prepare(target: Path, needed: int, guard: Callable[[], None]) -> Path:
     """Make the temporary folder for the save ``target`` of ``needed`` bytes."""
+    guard()
     folder = target.parent
     temporary = temporary_folder(target)
     with _disk_errors(target, needed):
@@ -167,8 +170,10 @@ def _commit(
     files: Mapping[str, bytes],
     temporary: Path,
     target: Path,
+    guard: Callable[[], None],
 ) -> None:
     """Add the caller's files and the manifest, and give the save its final name."""
+    guard()
     with _disk_errors(temporary, _total(files)):
         written = _write_files(temporary, files)
         for part in parts:

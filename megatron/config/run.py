@@ -16,6 +16,8 @@ class CheckpointConfig:
     """Saves to keep; older ones are removed. 0 keeps all."""
     resume: Literal["auto", "required", "never"] = "auto"
     """Go on from the newest save of the run folder: if there is one, or an error without one."""
+    skip_damaged: bool = False
+    """Pass over saves that are damaged, and go on from the newest whole one."""
 
     def __post_init__(self) -> None:
         require_not_negative(

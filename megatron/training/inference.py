@@ -1,5 +1,6 @@
 """From a save of any layout to a model that computes at this one."""
 
+import os
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -7,7 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron.checkpoint.folders import find_latest
+from megatron.checkpoint.folders import STEP_FOLDER, find_latest
 from megatron.checkpoint.format import MANIFEST, StateTensor
 from megatron.checkpoint.load import CheckpointReader
 from megatron.config import Config, ModelConfig, ParallelConfig, config_from_dict
@@ -21,16 +22,18 @@ from mpu import shard_spec
 
 
 def find_checkpoint(path: Path) -> Path:
-    """``path`` itself if it is a save, or the newest valid save of the run with folder ``path``.
+    """``path`` itself if it is a save, or the newest save of the run with folder ``path``.
+
+    Damaged ones too: opening them tells, and an older one is for the user to name.
 
     Raises:
         CheckpointError: if it is neither.
     """
-    if (path / MANIFEST).exists():
+    if STEP_FOLDER.fullmatch(path.name) or os.path.lexists(path / MANIFEST):
         return path
     latest = find_latest(path / CHECKPOINTS)
     if latest is None:
-        raise CheckpointError(f"{path}: is neither a checkpoint nor a run folder with a valid one")
+        raise CheckpointError(f"{path}: is neither a checkpoint nor a run folder with one")
     return latest
 
 

@@ -1,39 +1,44 @@
 """What a run tells of its steps: ``metrics.jsonl``, TensorBoard and the log line.
 
-``metrics.jsonl`` is strict JSON, one object a line, of three kinds:
+``metrics.jsonl`` is strict JSON, one object a line, of four kinds:
 
-    event   written                 fields, besides "event" and "step"
+    event   written                 fields, besides "event", "step" and "crc32"
     start   once a start            "time" (UTC), and what the caller tells of the run
     step    after each step         those of StepMetrics, and "loss_hex", "grad_norm_hex"
     eval    after each evaluation   those of EvalMetrics, and "perplexity"
+    save    after each save         none
 
 Numbers that JSON has no sign for are the strings "nan", "inf" and "-inf", which ``float`` reads.
 The hexadecimal fields, made by ``float.hex``, compare two runs bit for bit.
 
-A run that resumes at step n first drops the lines after n, which it is about to write again, so
-that every step stands there once. The line that a killed run left unfinished goes with them.
+``megatron/training/metrics_file.py`` knows about the lines, and what a start does with old ones.
 """
 
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron.errors import ConfigError, DataError, DiskError
+from megatron.training.metrics_file import Record as Record
+from megatron.training.metrics_file import (
+    begin_metrics,
+    decode_lines,
+    encode_record,
+    survey,
+    tell_damage,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
-
-Record: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,41 +175,62 @@ def short_number(value: float) -> str:
 class MetricsWriter:
     """Appends to ``metrics.jsonl`` of a run folder and, if asked, to TensorBoard.
 
-    Each line is handed to the operating system at once, so that a killed process loses none.
+    Each line is handed to the operating system at once, so that a killed process loses none. Making
+    a writer changes nothing; ``write_start`` does.
 
     Args:
         folder: the run folder; it exists.
         tensorboard: write ``folder/tensorboard`` too.
         enabled: False makes a writer that does nothing, for all ranks but one.
-        resume_step: the last step that counts, 0 at the start of a run; later lines are dropped.
+        resume_step: the last step that counts, 0 at the start of a run; later lines are cut.
+        guard: called before each line; raises if the folder belongs to another run by now.
 
     Raises:
         ConfigError: if TensorBoard is asked for and not installed.
-        DiskError: if a file cannot be written, here or in any of the methods.
+        DiskError: if a file cannot be read or written, here or in any of the methods.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, enabled: bool, resume_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool,
+        enabled: bool,
+        resume_step: int,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         self._path = folder / METRICS_FILE
         self._resume_step = resume_step
         self._enabled = enabled
+        self._guard = guard
+        self._file: BinaryIO | None = None
+        self._board_folder = folder / "tensorboard" if tensorboard and enabled else None
         self._board: SummaryWriter | None = None
         if not enabled:
             return
-        with _telling_disk_errors(self._path):
-            if tensorboard:
-                self._board = _open_tensorboard(folder / "tensorboard", resume_step)
-            if self._path.exists():
-                _drop_lines_after(self._path, resume_step)
-            # Line buffering: every write ends a line.
-            self._file = self._path.open("a", buffering=1, encoding="ascii")
+        if not folder.is_dir():
+            raise DiskError(f"{self._path}: cannot be written: No such file or directory")
+        if self._board_folder is not None:
+            _check_tensorboard(self._board_folder)
+        tell_damage(self._path, resume_step, survey(self._path, resume_step))
 
-    def write_start(self, info: Mapping[str, Any]) -> None:
+    def write_start(
+        self, info: Mapping[str, Any], beside: Mapping[Path, bytes] | None = None
+    ) -> None:
         """Tell of a start of the run: layout, device, number of parameters, config, ...
 
         ``tools/report.py`` shows every entry; "config" apart from the others.
+
+        Args:
+            beside: files that appear together with this line, or not at all.
         """
+        if not self._enabled:
+            return
+        self._guard()
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        self._append({"event": "start", "step": self._resume_step, "time": time, **info})
+        record = {"event": "start", "step": self._resume_step, "time": time, **info}
+        begin_metrics(self._path, self._resume_step, record, beside or {})
+        self._open()
 
     def write_step(self, metrics: StepMetrics) -> None:
         """Tell of a step."""
@@ -238,19 +264,36 @@ class MetricsWriter:
             },
         )
 
+    def write_save(self, step: int) -> None:
+        """Tell of a save: that there has to be one."""
+        self._append({"event": "save", "step": step})
+
     def close(self) -> None:
         """Finish the files; nothing can be written afterwards."""
         if self._board is not None:
             self._board.close()
-        if self._enabled:
+        if self._file is not None:
             with _telling_disk_errors(self._path):
                 self._file.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        if self._enabled:
-            line = json.dumps(_strict(record), allow_nan=False, default=str)
+        if not self._enabled:
+            return
+        self._guard()
+        file = self._open()
+        with _telling_disk_errors(self._path):
+            file.write(encode_record(record))
+            file.flush()
+
+    def _open(self) -> BinaryIO:
+        """The file, to be appended to; TensorBoard is opened with it."""
+        if self._file is None:
             with _telling_disk_errors(self._path):
-                self._file.write(f"{line}\n")
+                self._file = self._path.open("ab")
+            if self._board_folder is not None:
+                with _telling_disk_errors(self._board_folder):
+                    self._board = _open_tensorboard(self._board_folder, self._resume_step)
+        return self._file
 
     def _plot(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._board is None:
@@ -276,62 +319,37 @@ def read_metrics(path: Path) -> list[Record]:
         DataError: if the file cannot be read, or a line is not a record of ours.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        with path.open("rb") as file:
+            lines = list(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     records = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
+    for number, (_, record) in enumerate(decode_lines(lines), start=1):
         if record is None:
-            raise DataError(f"{path}, line {number}: must be a JSON object with event and step")
+            raise DataError(
+                f"{path}, line {number}: must be a JSON object with event and step, as it was "
+                "written"
+            )
         records.append(record)
     return records
 
 
-def _parse(line: bytes) -> Record | None:
-    """The record that ``line`` holds, or None if it holds none."""
+def _check_tensorboard(folder: Path) -> None:
     try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        return None
-    return record if record.get("event") in ("start", "step", "eval") else None
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Rewrite ``path`` without the lines after ``step`` and those that hold no record."""
-    temporary = path.with_suffix(".tmp")
-    with path.open("rb") as old, temporary.open("wb") as new:
-        for line in old:
-            record = _parse(line)
-            if record is not None and line.endswith(b"\n") and record["step"] <= step:
-                new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    temporary.replace(path)
-
-
-def _strict(value: Any) -> Any:
-    """``value`` with infinities and NaNs, which JSON lacks, as strings."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return value
-
-
-def _open_tensorboard(folder: Path, resume_step: int) -> "SummaryWriter":
-    try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             "log.tensorboard true needs TensorBoard, which is not installed: "
             "pip install 'bloom-pretrain[tensorboard]'"
         ) from error
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DiskError(f"{folder}: cannot be written: is no folder, or read-only")
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> "SummaryWriter":
+    from torch.utils.tensorboard import SummaryWriter
+
     # Hides what an earlier start wrote of the steps that come again.
     return SummaryWriter(folder, purge_step=resume_step + 1)

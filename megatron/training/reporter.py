@@ -3,9 +3,11 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import yaml
 
 from megatron.config import Config, config_to_dict
 from megatron.data.description import bytes_per_token
@@ -22,15 +24,30 @@ from megatron.training.metrics import (
     eval_line,
     log_line,
 )
+from megatron.training.metrics_file import numbered
 from megatron.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.yaml"
+
 
 class Reporter:
-    """Tells of steps and evaluations, on rank 0; on the others it does nothing."""
+    """Tells of steps and evaluations, on rank 0; on the others it does nothing.
 
-    def __init__(self, config: Config, launch: Launch, start: Progress) -> None:
+    Making one changes nothing; ``start`` does.
+
+    Args:
+        guard: called before anything is written; raises if the folder belongs to another run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        launch: Launch,
+        start: Progress,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config = config
         self._launch = launch
         self._total_steps = start.step + sum(
@@ -47,10 +64,16 @@ class Reporter:
             tensorboard=config.log.tensorboard,
             enabled=launch.rank == 0,
             resume_step=start.step,
+            guard=guard,
         )
-        self._announce()
 
-    def _announce(self) -> None:
+    def start(self) -> None:
+        """Tell of the start, and leave the config in the run folder for people and ``--config``:
+        as ``config.yaml``, and under a number of its own.
+
+        Raises:
+            DiskError: if a file cannot be written; none has changed then.
+        """
         parameters = count_parameters(self._config.model)
         dims = self._launch.groups.dims
         parallel = self._config.parallel
@@ -68,15 +91,35 @@ class Reporter:
             self._config.train.dtype,
             self._total_steps,
         )
+        values = config_to_dict(self._config)
         about: dict[str, Any] = {
             "world_size": self._launch.world_size,
             "layout": layout,
             "device": self._device,
             "parameters": parameters,
             "torch": torch.__version__,
-            "config": config_to_dict(self._config),
+            "config": values,
         }
-        self._writer.write_start(about)
+        folder, text = self._config.folder, yaml.safe_dump(values, sort_keys=False).encode()
+        names = (numbered(folder, "config-", ".yaml"), folder / CONFIG_FILE)
+        self._writer.write_start(about, dict.fromkeys(names, text))
+
+    def nothing_to_do(self, progress: Progress, complete: bool) -> None:
+        """Tell why a run at ``progress`` trains no further."""
+        train = self._config.train
+        done = (
+            f"step {progress.step} of {self._total_steps}, "
+            f"{progress.consumed_samples} of {train.samples} samples"
+        )
+        if complete:
+            logger.info("complete: %s; raise train.samples to go on", done)
+        else:
+            stop = train.stop_at_step
+            logger.info("stopped at train.stop_at_step %s: %s; raise it to go on", stop, done)
+
+    def saved(self, progress: Progress) -> None:
+        """Tell of the save at ``progress``."""
+        self._writer.write_save(progress.step)
 
     def step(
         self, progress: Progress, result: StepResult, lr: float, batch_size: int, seconds: float

@@ -1,23 +1,25 @@
 """Saving a run, and going on from a save at any layout."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron.checkpoint.folders import find_latest
+from megatron.checkpoint.folders import set_aside, step_folder, step_folders
 from megatron.checkpoint.format import StateTensor
 from megatron.checkpoint.load import CheckpointReader, open_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config import Config, config_to_dict
 from megatron.engine.base import Engine, NamedState
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, DiskError
 from megatron.launch import Launch
 from megatron.together import run_on_first
 from megatron.tokenizer import Tokenizer
 from megatron.training.changes import check_changes, read_progress
+from megatron.training.metrics import METRICS_FILE
+from megatron.training.metrics_file import survey
 from megatron.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ class RunCheckpoints:
 
     Args:
         choices: what the run has chosen by itself and a save keeps, as names and JSON.
+        guard: called on the first rank before anything is written; raises if the folder belongs to
+            another run by now.
     """
 
     def __init__(
@@ -40,13 +44,16 @@ class RunCheckpoints:
         engine: Engine,
         tokenizer: Tokenizer | None,
         choices: Mapping[str, Any],
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._launch = launch
         self._engine = engine
         self._tokenizer = tokenizer
         self._choices = choices
+        self._guard = guard
         self._folder = config.folder / CHECKPOINTS
+        self._resumed = Progress()
 
     def save(self, progress: Progress) -> None:
         """Save the state after ``progress``.
@@ -70,6 +77,7 @@ class RunCheckpoints:
             files=_tokenizer_files(self._tokenizer),
             group=dist.group.WORLD,
             keep_last=self._config.checkpoint.keep_last,
+            guard=self._guard,
         )
         logger.info("saved %s", path)
 
@@ -88,35 +96,95 @@ class RunCheckpoints:
             lambda state: reader.read_into(state_tensors(state)), reader.state["engine"]
         )
         logger.info("resumed from %s, saved at layout %s", reader.path, dict(reader.layout))
+        self._resumed = progress
         return progress
+
+    def set_damaged_aside(self) -> None:
+        """Rename the saves that were passed over, so that their steps can be saved again.
+
+        Raises:
+            DiskError: if that fails.
+        """
+        run_on_first(self._set_damaged_aside, dist.group.WORLD)
+
+    def _set_damaged_aside(self) -> None:
+        self._guard()
+        # It went on from the newest whole one.
+        for step, path in step_folders(self._folder):
+            if step > self._resumed.step:
+                try:
+                    set_aside(path)
+                except OSError as error:
+                    raise DiskError(f"{path}: cannot be renamed: {error.strerror}") from error
 
 
 def open_newest(config: Config) -> CheckpointReader | None:
     """The newest save of the run if there is one, as ``checkpoint.resume`` asks. Collective.
 
+    With ``checkpoint.skip_damaged`` the newest whole one.
+
     Raises:
         CheckpointError: if there has to be a save and is none, or it is damaged.
     """
     world = dist.group.WORLD
-    path = run_on_first(lambda: _find_newest(config), world)
-    return None if path is None else open_checkpoint(path, group=world)
-
-
-def _find_newest(config: Config) -> Path | None:
-    resume, folder = config.checkpoint.resume, config.folder / CHECKPOINTS
-    latest = find_latest(folder)
-    if resume == "required" and latest is None:
-        found = sorted(path.name for path in folder.glob("*"))
+    options = config.checkpoint
+    saves = run_on_first(lambda: _find_saves(config), world)
+    for step, path in saves:
+        try:
+            return _open(path, step)
+        except CheckpointError as error:
+            if not options.skip_damaged:
+                raise CheckpointError(
+                    f"{error}\ncheckpoint.skip_damaged true passes over it",
+                    on_every_rank=True,
+                ) from error
+            logger.warning("passed over, as checkpoint.skip_damaged asks: %s", error)
+    if options.resume == "required":
+        names = ", ".join(path.name for _, path in reversed(saves)) or "nothing at all"
         raise CheckpointError(
-            f"checkpoint.resume required: {folder} holds no valid save, but "
-            f"{', '.join(found) or 'nothing at all'}"
+            f"checkpoint.resume required: {config.folder / CHECKPOINTS} holds no valid save, but "
+            f"{names}",
+            on_every_rank=True,
         )
-    if resume == "never" and latest is not None:
+    if saves:
+        logger.warning("no whole save is left in %s", config.folder / CHECKPOINTS)
+    return None
+
+
+def _open(path: Path, step: int) -> CheckpointReader:
+    reader = open_checkpoint(path, group=dist.group.WORLD)
+    found = reader.state.get("step")
+    if found != step:
+        raise CheckpointError(f"{path}: is the save of step {found!r:.20}", on_every_rank=True)
+    return reader
+
+
+def _find_saves(config: Config) -> list[tuple[int, Path]]:
+    """Steps and paths of the saves of the run, newest first, damaged or not.
+
+    Raises:
+        CheckpointError: if there must be none, or the metrics tell that all are gone.
+    """
+    options, folder = config.checkpoint, config.folder / CHECKPOINTS
+    saves = step_folders(folder)[::-1]
+    if options.resume == "never" and saves:
         raise CheckpointError(
             f"checkpoint.resume never: {folder} holds the saves of another run, the "
-            f"newest {latest.name}; choose another folder or remove them"
+            f"newest {saves[0][1].name}; choose another folder or remove them"
         )
-    return latest
+    metrics = config.folder / METRICS_FILE
+    told = max(survey(metrics, 0).saves, default=0)
+    newest = saves[0][0] if saves else 0
+    if told <= newest or options.resume == "never":
+        return saves
+    gone = f"{metrics}: tells of the save {step_folder(folder, told).name}, but {folder} holds"
+    if not saves and options.resume == "auto" and not options.skip_damaged:
+        raise CheckpointError(
+            f"{gone} none at all; bring it back, choose another folder, or let "
+            "checkpoint.skip_damaged true start afresh"
+        )
+    logger.warning("%s %s", gone, f"no newer one than {saves[0][1].name}" if saves else "none")
+    return saves
 
 
 def state_tensors(state: Iterable[NamedState]) -> list[StateTensor]:

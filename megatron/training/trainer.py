@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from contextlib import closing
 
 import torch.distributed as dist
-import yaml
 
-from megatron.config import Config, config_to_dict
+from megatron.config import Config
 from megatron.data.history import Phase
 from megatron.data.loader import Split
 from megatron.engine.base import Engine
-from megatron.errors import ConfigError, DiskError, NonFiniteError, StoppedOnRequestError
+from megatron.errors import ConfigError, NonFiniteError, StoppedOnRequestError
 from megatron.launch import Launch, RankEnvironment, launched, read_environment
 from megatron.log import setup_logging
 from megatron.optim.schedule import global_batch_size, learning_rate
-from megatron.together import run_everywhere, run_on_first
+from megatron.together import run_everywhere
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.attention_choice import choose_backend
 from megatron.training.batches import BatchReader
@@ -24,6 +23,7 @@ from megatron.training.engine_choice import build_engine, check_engine
 from megatron.training.micro_batch import EngineTrial, choose_micro_batch
 from megatron.training.replicas import check_replicas
 from megatron.training.reporter import Reporter
+from megatron.training.run_lock import RunLock, held
 from megatron.training.saving import RunCheckpoints, open_newest
 from megatron.training.stopping import StopRequest
 
@@ -44,21 +44,32 @@ class Trainer:
         environment = read_environment()
         setup_logging(environment.rank)
         check_engine(self.config)
-        with launched(self.config.layout, self.config.launch, environment) as launch:
-            run = _Run(self.config, launch, environment)
-            with closing(run):
-                run.go()
+        with (
+            launched(self.config.layout, self.config.launch, environment) as launch,
+            held(self.config.folder) as lock,
+            closing(_Run(self.config, launch, environment, lock)) as run,
+        ):
+            run.go()
 
 
 class _Run:
-    """The parts of a run on this rank. Collective, from its making on."""
+    """The parts of a run on this rank. Collective, from its making on.
 
-    def __init__(self, config: Config, launch: Launch, environment: RankEnvironment) -> None:
+    Making it checks all that can be refused, and changes nothing in the run folder; ``go`` does.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        launch: Launch,
+        environment: RankEnvironment,
+        lock: RunLock | None,
+    ) -> None:
         world = dist.group.WORLD
+        guard = _no_guard if lock is None else lock.check
         self._config = config
         self._groups = launch.groups
         self._stop = StopRequest()
-        run_on_first(lambda: _write_config(config), world)
         tokenizer = run_everywhere(lambda: _load_tokenizer(config), world)
         newest = open_newest(config)
         phases = run_phases(config, newest)
@@ -87,13 +98,20 @@ class _Run:
             **micro_batch.to_state(),
             "phases": [vars(phase) for phase in phases],
         }
-        self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer, choices)
+        self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer, choices, guard)
         self._progress = self._checkpoints.resume(newest)
         self._saved_step = self._progress.step
-        self._reporter = run_everywhere(lambda: Reporter(config, launch, self._progress), world)
+        self._reporter = run_everywhere(
+            lambda: Reporter(config, launch, self._progress, guard), world
+        )
 
     def go(self) -> None:
         """Step until the run is done, or is to stop."""
+        if self._is_done():
+            self._reporter.nothing_to_do(self._progress, self._is_complete())
+            return
+        run_everywhere(self._reporter.start, dist.group.WORLD)
+        self._checkpoints.set_damaged_aside()
         train = self._config.train
         while not self._is_done():
             self._step()
@@ -156,20 +174,15 @@ class _Run:
             check_replicas(self._engine, self._groups)
             self._checkpoints.save(self._progress)
             self._saved_step = self._progress.step
+            self._reporter.saved(self._progress)
 
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _write_config(config: Config) -> None:
-    """Make the run folder, and leave the config in it for people and for ``--config``."""
-    try:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
-        (config.folder / "config.yaml").write_text(text)
-    except OSError as error:
-        raise DiskError(f"folder {config.folder} cannot be written: {error.strerror}") from error
+def _no_guard() -> None:
+    """The other ranks write nothing of their own accord."""
 
 
 def _load_tokenizer(config: Config) -> Tokenizer | None:

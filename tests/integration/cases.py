@@ -23,7 +23,7 @@ class Case:
         argv: further arguments.
         before: what is done to the folder, which holds good data and a tokenizer.
         env: variables besides those of a launcher, or instead of them.
-        trained: the folder holds a run with saves too.
+        fresh: the folder holds no run; else one of two steps, with a save of each.
         ranks: those that are started; None is all.
     """
 
@@ -34,7 +34,7 @@ class Case:
     before: Action = lambda folder: None
     env: dict[str, str] = field(default_factory=dict)
     world_size: int = 1
-    trained: bool = False
+    fresh: bool = False
     ranks: tuple[int, ...] | None = None
 
 
@@ -59,4 +59,4 @@ def data(words: str, before: Action = lambda folder: None, **options: object) ->
 
 def resumed(words: str, before: Action = lambda folder: None, **options: object) -> Case:
     """A run that may not go on from the saves in its folder."""
-    return Case(words, CHECKPOINT, options, before=before, trained=True)
+    return Case(words, CHECKPOINT, options, before=before)

@@ -242,6 +242,17 @@ def values(run: Path, field: str) -> list[Any]:
     return [step[field] for step in steps]
 
 
+def contents(folder: Path) -> dict[str, tuple[int, bytes | None]]:
+    """Everything in ``folder``: names, times of files, and bytes; nothing of what is not there."""
+    found: dict[str, tuple[int, bytes | None]] = {}
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_file():
+            found[str(path)] = path.stat().st_mtime_ns, path.read_bytes()
+        elif path.is_dir():
+            found[str(path)] = 0, None
+    return found
+
+
 def newest_save(run: Path) -> CheckpointReader:
     """The newest save of a run, verified."""
     path = find_latest(run / CHECKPOINTS)

@@ -1,4 +1,5 @@
-"""What a user can get wrong ends every rank soon, with its exit code and a message that helps.
+"""What a user can get wrong ends every rank soon, with its exit code and a message that helps, and
+changes nothing in the run folder.
 
 Each case is a run that must not train, with the words that its message has to have: the option or
 the file, the value that was found, and the rule that it breaks.
@@ -13,10 +14,11 @@ import pytest
 
 from tests.figures import Figure
 from tests.integration import wrong_configs, wrong_files
-from tests.integration.cases import CONFIG, PEER, SAVE, Case
+from tests.integration.cases import CONFIG, PEER, Case
 from tests.integration.runs import (
     base_argv,
     command,
+    contents,
     make_data,
     make_tokenizer,
     processes_with,
@@ -62,9 +64,10 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_ends_with_one_helpful_message(name: str, folder: Path, figure: Figure) -> None:
     case = CASES[name]
-    if not case.trained:
+    if case.fresh:
         shutil.rmtree(folder / "run")
     case.before(folder)
+    before = contents(folder / "run")
     argv = [
         argument.replace("FOLDER", str(folder))
         for argument in [*base_argv(folder, **case.options), *case.argv]
@@ -79,6 +82,7 @@ def test_bad_input_ends_with_one_helpful_message(name: str, folder: Path, figure
     assert [part for part in words if part not in message] == [], message
     assert result.seconds < MOST_SECONDS
     assert not (folder / "owned").exists()
+    assert contents(folder / "run") == before, "a refused start changes nothing"
     figure("bad input", lines=len(result.complaints), seconds=result.seconds)
 
 
@@ -95,16 +99,6 @@ def test_port_in_use_ends_both_ranks(folder: Path) -> None:
     assert f"MASTER_PORT: 127.0.0.1:{port} is in use" in result.complaints[0]
     assert "launch.startup_timeout (1.5 s)" in result.complaints[1]
     assert result.seconds < MOST_SECONDS
-
-
-def test_only_damaged_saves_are_told_before_a_fresh_start(folder: Path) -> None:
-    shutil.rmtree(folder / "run/checkpoints/step-00000001")
-    (folder / SAVE / "manifest.json").write_text("{}")
-    result = run_pretrain(base_argv(folder, train__samples=8))
-    assert result.exit_code == 0
-    assert "step-00000002" in result.complaints[0]
-    assert "not a valid checkpoint" in result.complaints[0]
-    assert f"fresh start: no save in {folder}" in result.stdout
 
 
 def test_started_program_ends_with_the_code_and_the_message(folder: Path) -> None:

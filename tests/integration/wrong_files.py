@@ -128,11 +128,48 @@ SAVES = {
         "checkpoint.resume required: FOLDER/run/checkpoints holds no valid|nothing at all",
         CHECKPOINT,
         {"checkpoint__resume": "required"},
+        fresh=True,
     ),
     "required and damaged": resumed(
+        "step-00000002/manifest.json: is not the manifest|checkpoint.skip_damaged true",
+        break_manifests,
+        checkpoint__resume="required",
+    ),
+    "required and all damaged": resumed(
         "checkpoint.resume required: |holds no valid save, but step-00000001, step-00000002",
         break_manifests,
         checkpoint__resume="required",
+        checkpoint__skip_damaged=True,
+    ),
+    "all damaged": resumed(
+        "step-00000002/manifest.json: is not the manifest|checkpoint.skip_damaged true",
+        break_manifests,
+    ),
+    "damaged, and never": resumed(
+        "checkpoint.resume never|run/checkpoints holds the saves|step-00000002",
+        break_manifests,
+        checkpoint__resume="never",
+    ),
+    "no manifest": resumed(
+        f"{SAVE}/manifest.json: the file is missing|valid checkpoints|step-00000001|"
+        "checkpoint.skip_damaged true",
+        remove(f"{SAVE}/manifest.json"),
+    ),
+    "all gone": resumed(
+        "metrics.jsonl: tells of the save step-00000002, but FOLDER/run/checkpoints holds none|"
+        "checkpoint.skip_damaged true",
+        lambda folder: shutil.rmtree(folder / "run/checkpoints"),
+    ),
+    "of another step": resumed(
+        "step-00000003: is the save of step 2",
+        lambda folder: (folder / SAVE).rename(folder / "run/checkpoints/step-00000003"),
+    ),
+    "saves are a file": resumed(
+        "run/checkpoints: cannot be read: Not a directory",
+        lambda folder: (
+            shutil.rmtree(folder / "run/checkpoints"),
+            (folder / "run/checkpoints").write_bytes(b""),
+        ),
     ),
     "never": resumed(
         "checkpoint.resume never|run/checkpoints holds the saves|step-00000002",
@@ -162,13 +199,12 @@ SAVES = {
         {"parallel__tensor": 2},
         before=overwrite(f"{SAVE}/rank-00000.safetensors", 5000, b"\xa5\x5a\xa5"),
         world_size=2,
-        trained=True,
     ),
 }
 
 MACHINES = {
     "run folder is a file": Case(
-        "folder FOLDER/run cannot be written|File exists", DISK, before=write("run")
+        "folder FOLDER/run cannot be written|File exists", DISK, before=write("run"), fresh=True
     ),
     "run folder in a file": Case(
         "folder FOLDER/run/a cannot be written|Not a directory",
@@ -176,6 +212,7 @@ MACHINES = {
         {"folder": "FOLDER/run/a"},
         before=write("run"),
         world_size=2,
+        fresh=True,
     ),
     "no gpu": Case(
         "launch.device cuda|this machine has 0",

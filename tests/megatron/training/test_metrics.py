@@ -152,7 +152,7 @@ def test_a_line_that_a_kill_left_unfinished_is_dropped(tmp_path: Path, torn: byt
     assert len(events(tmp_path)) == 8
 
 
-def test_a_kill_while_lines_are_dropped_loses_none(
+def test_a_kill_while_lines_are_moved_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_steps(tmp_path, 1, 5)
@@ -163,7 +163,7 @@ def test_a_kill_while_lines_are_dropped_loses_none(
 
     monkeypatch.setattr("os.fsync", kill)
     with pytest.raises(KeyboardInterrupt):
-        open_writer(tmp_path, resume_step=3)
+        open_writer(tmp_path, resume_step=3).write_start({})
     assert (tmp_path / METRICS_FILE).read_bytes() == before
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from torch.distributed import ProcessGroup
 
+from megatron.config import config_to_dict
 from megatron.data.description import Description, write_description
 from megatron.engine.base import StepResult
 from megatron.launch import Launch
@@ -25,12 +27,19 @@ def launch(single_group: ProcessGroup) -> Launch:
     return Launch(0, 1, CPU, ParallelGroups(ParallelDims(), *groups))
 
 
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def report(folder: Path, launch: Launch, start: Progress | None = None) -> list[Record]:
     """What is written of all steps of 0.5 seconds after ``start``, and one evaluation."""
     config = make_config(folder, data={"paths": {str(folder / "text"): 1.0}})
     config.folder.mkdir(exist_ok=True)
+    before = read_all(config.folder)
     progress = start or Progress()
     reporter = Reporter(config, launch, progress)
+    assert read_all(config.folder) == before, "making a reporter changes nothing"
+    reporter.start()
     while progress.step < 8:
         progress = progress.after(4, config.model.seq_length)
         reporter.step(progress, StepResult(3.5, 1.25), 1e-3, 4, 0.5)
@@ -102,6 +111,22 @@ def test_steps_after_the_save_are_written_anew(tmp_path: Path, launch: Launch) -
     again = report(tmp_path, launch, Progress(6, 24))
     assert [r["step"] for r in again if r["event"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [r["step"] for r in again if r["event"] == "start"] == [0, 6]
+
+
+def test_each_start_leaves_its_config_under_a_number_and_as_the_newest(
+    tmp_path: Path, launch: Launch
+) -> None:
+    run = make_config(tmp_path).folder
+    texts = []
+    for samples in (32, 64):
+        config = make_config(tmp_path, train={"samples": samples})
+        run.mkdir(exist_ok=True)
+        reporter = Reporter(config, launch, Progress())
+        reporter.start()
+        reporter.close()
+        assert yaml.safe_load((run / "config.yaml").read_text()) == config_to_dict(config)
+        texts.append((run / "config.yaml").read_bytes())
+    assert [(run / f"config-000{number}.yaml").read_bytes() for number in (1, 2)] == texts
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, launch: Launch) -> None:
