@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "megatron.config": {"mpu", "megatron.errors", "megatron.plain"},
     "megatron.apex": {"megatron.errors"},
     "megatron.cli": {"megatron.errors"},
+    "megatron.hashing": set(),
     "megatron.log": {"megatron.errors"},
     "megatron.together": {"megatron.errors"},
     "megatron.atomic": {"megatron.errors"},
@@ -34,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "megatron.config",
         "megatron.errors",
         "megatron.plain",
+        "megatron.hashing",
         "megatron.tokenizer",
     },
     "megatron.model": {"mpu", "megatron.apex", "megatron.config", "megatron.errors"},
@@ -56,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "mpu.sharding",
         "megatron.errors",
         "megatron.plain",
+        "megatron.hashing",
         "megatron.together",
     },
     "megatron.checkpoint.huggingface": {

@@ -24,16 +24,12 @@ The manifest is one JSON object:
     tensors   [{kind, name, shape, dtype, boxes: [{file, key, start, shape}]}]
     files     {name: {bytes, hash}}, every file but the manifest
 
-A hash is SHA-256 in hexadecimal, which processors compute in hardware. That of a file is the hash
-of the hashes of its parts, HASH_PART bytes each, so that several cores can share a large one.
+Hashes are those of megatron/hashing.py.
 """
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
@@ -41,6 +37,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from megatron.errors import CheckpointError
+from megatron.hashing import HASH_DIGITS, digest
 from mpu.sharding import HeldBox
 
 FORMAT_VERSION = 1
@@ -48,10 +45,6 @@ MANIFEST = "manifest.json"
 
 # What a dtype is called in the manifest, and in the header of a safetensors file.
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-HASH_DIGITS = 64
-HASH_PART = 8 * 2**20
-HASH_THREADS = 4
 
 # The manifest starts with its own hash: HEAD, hexadecimal digits, TAIL, hashed bytes.
 HEAD, TAIL = b'{"hash":"', b'",'
@@ -136,19 +129,6 @@ class Manifest:
     files: dict[str, StoredFile]
 
 
-def hash_file(path: Path) -> str:
-    """Hash of the file ``path``, as described at the head of this module."""
-    with path.open("rb") as file, ThreadPoolExecutor(HASH_THREADS) as pool:
-        descriptor = file.fileno()
-        offsets = range(0, os.fstat(descriptor).st_size, HASH_PART)
-        parts = pool.map(lambda offset: _digest(os.pread(descriptor, HASH_PART, offset)), offsets)
-        return _digest(b"".join(parts)).hex()
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the save ``folder``.
 
@@ -183,7 +163,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json."""
     fields = {"format": FORMAT_VERSION, **asdict(manifest)}
     body = json.dumps(fields, allow_nan=False, separators=(",", ":")).encode()[1:]
-    return HEAD + _digest(body).hex().encode() + TAIL + body
+    return HEAD + digest(body).hex().encode() + TAIL + body
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -197,7 +177,7 @@ def decode_manifest(data: bytes) -> Manifest:
     written, body = data[len(HEAD) : end], data[end + len(TAIL) :]
     if not data.startswith(HEAD) or data[end : end + len(TAIL)] != TAIL:
         raise ValueError("is not the manifest of a checkpoint")
-    if written != _digest(body).hex().encode():
+    if written != digest(body).hex().encode():
         raise ValueError("is damaged: it does not match the hash at its start")
     fields = json.loads(b"{" + body)
     version = _field(fields, "format", int)

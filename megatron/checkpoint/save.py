@@ -43,9 +43,9 @@ from megatron.checkpoint.format import (
     check_file_name,
     decode_manifest,
     encode_manifest,
-    hash_file,
 )
 from megatron.errors import CheckpointError, DiskError
+from megatron.hashing import hash_file
 from megatron.together import gather_on_first, run_on_first
 
 

@@ -16,8 +16,9 @@ from typing import TypeAlias
 
 from safetensors import SafetensorError, safe_open
 
-from megatron.checkpoint.format import DTYPE_CODES, Manifest, find_member, hash_file
+from megatron.checkpoint.format import DTYPE_CODES, Manifest, find_member
 from megatron.errors import CheckpointError
+from megatron.hashing import hash_file
 
 # Of each tensor in a file, by its key: dtype code and shape.
 Header: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]

@@ -19,6 +19,9 @@ class CheckpointConfig:
     skip_damaged: bool = False
     """Pass over saves that are damaged, and go on from the newest whole one."""
 
+    accept_new_data: bool = False
+    """Go on from a save with another corpus, blend, tokenizer, seed or split than the save's."""
+
     def __post_init__(self) -> None:
         require_not_negative(
             "checkpoint", save_interval=self.save_interval, keep_last=self.keep_last

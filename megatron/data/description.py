@@ -1,17 +1,19 @@
 """What is known of a dataset besides its tokens: PREFIX.json, beside PREFIX.bin and PREFIX.idx.
 
 The file is optional, since datasets made by other programs have none. Where it is, the tokenizer of
-a run can be compared with that of the data, losses can be given per byte of text, and the largest
-token id is known without reading all of the data.
+a run can be compared with that of the data, and losses can be given per byte of text.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.atomic import atomic_write
 from megatron.errors import DataError
+
+_OPTIONAL: dict[str, type] = {"content": str, "text_bytes": str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class Description:
         documents: number of documents.
         tokens: number of tokens, those at the ends of documents included.
         utf8_bytes: length of the text.
+        content: hash of the .bin file; earlier versions wrote none.
+        text_bytes: hash of the file of the lengths of all texts, see text_bytes.py; likewise.
     """
 
     dataset: str
@@ -35,6 +39,13 @@ class Description:
     documents: int
     tokens: int
     utf8_bytes: int
+    content: str | None = None
+    text_bytes: str | None = None
+
+
+_REQUIRED: dict[str, type] = {
+    name: kind for name, kind in Description.__annotations__.items() if name not in _OPTIONAL
+}
 
 
 def description_path(prefix: str | Path) -> Path:
@@ -44,8 +55,9 @@ def description_path(prefix: str | Path) -> Path:
 
 def write_description(prefix: str | Path, description: Description) -> None:
     """Write PREFIX.json."""
+    values = {name: value for name, value in asdict(description).items() if value is not None}
     with atomic_write(description_path(prefix)) as file:
-        file.write(json.dumps(asdict(description), indent=2).encode() + b"\n")
+        file.write(json.dumps(values, indent=2).encode() + b"\n")
 
 
 def read_description(prefix: str | Path) -> Description | None:
@@ -61,24 +73,18 @@ def read_description(prefix: str | Path) -> Description | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    types = Description.__annotations__
-    found = {name: type(value) for name, value in values.items()} if type(values) is dict else {}
-    if found != types:
-        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in types.items())
-        raise DataError(f"{path}: is not the description of a dataset, which has {expected}")
+    if not isinstance(values, dict) or not _is_description(values):
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in _REQUIRED.items())
+        optional = ", ".join(f"{name} ({kind.__name__})" for name, kind in _OPTIONAL.items())
+        raise DataError(
+            f"{path}: is not the description of a dataset, which has {expected}, "
+            f"and may have {optional}"
+        )
     return Description(**values)
 
 
-def bytes_per_token(paths: Mapping[str, float]) -> float | None:
-    """Bytes of text behind one token, over the blend ``paths`` of prefixes and weights.
-
-    None if a dataset has no description.
-    """
-    num_bytes = 0.0
-    total = sum(paths.values())
-    for prefix, weight in paths.items():
-        description = read_description(prefix)
-        if description is None or description.tokens == 0:
-            return None
-        num_bytes += weight / total * description.utf8_bytes / description.tokens
-    return num_bytes
+def _is_description(values: Mapping[str, Any]) -> bool:
+    known = {**_REQUIRED, **_OPTIONAL}
+    return set(_REQUIRED) <= set(values) and all(
+        name in known and type(value) is known[name] for name, value in values.items()
+    )

@@ -9,6 +9,7 @@ and remembers its phases, each of which goes on where the one before it ends:
                       then, a new order begins, with a seed of its own
     another length    what has not been read is laid end to end as it stands in the documents, cut
                       into samples of that length and shuffled; then a new order begins, as above
+    other data        a new order begins, of all samples that are missing
 
 Nothing is read twice before all of it has been read as often as the orders before have epochs.
 
@@ -17,14 +18,13 @@ Nothing is read twice before all of it has been read as often as the orders befo
                                                          [    0        ][        1          ]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.samples import Samples
+from megatron.data.samples import Piece, Samples, StreamSamples
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,51 @@ class Phase:
     num_samples: int
 
 
-class SampleStream(Samples, Protocol):
-    """Samples that are cut one after another out of a stream of tokens, and shuffled."""
+def go_on(
+    phases: Sequence[Phase],
+    consumed: int,
+    seq_length: int,
+    num_samples: int,
+    *,
+    same_data: bool = True,
+) -> list[Phase]:
+    """The phases of a run that went through ``phases`` and goes on after ``consumed`` samples.
 
-    @property
-    def seq_length(self) -> int: ...
-
-    @property
-    def shuffle_index(self) -> NDArray[np.integer]:
-        """Which of the samples along the stream is the i-th to be read, ``(samples,)``."""
-
-    def tokens(self, start: int, length: int) -> NDArray[np.int64]:
-        """``length`` tokens of the stream from ``start`` on."""
-
-
-def go_on(phases: Sequence[Phase], consumed: int, seq_length: int, num_samples: int) -> list[Phase]:
-    """The phases of a run that went through ``phases`` and goes on after ``consumed`` samples."""
-    same = bool(phases) and phases[-1].seq_length == seq_length
-    if same and num_samples <= phases[-1].num_samples:
+    They begin with the first sample of the data that is read now: of ``same_data`` as before or,
+    if that is false, of other data.
+    """
+    if not same_data:
+        return [Phase(consumed, seq_length, num_samples)]
+    same_length = bool(phases) and phases[-1].seq_length == seq_length
+    if same_length and num_samples <= phases[-1].num_samples:
         return list(phases)
     return [*phases, Phase(consumed, seq_length, num_samples)]
 
 
+class SamplesFrom:
+    """Samples that are numbered from ``first`` on: those before it came from other data."""
+
+    def __init__(self, first: int, samples: Samples) -> None:
+        self._first = first
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return self._first + len(self._samples)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self._samples[self._own(index)]
+
+    def pieces(self, index: int) -> Iterator[Piece]:
+        return self._samples.pieces(self._own(index))
+
+    def _own(self, index: int) -> int:
+        if not self._first <= index < len(self):
+            raise IndexError(f"sample {index} is none of {self._first} to {len(self) - 1}")
+        return index - self._first
+
+
 def continued_samples(
-    phases: Sequence[Phase], seed: int, new_order: Callable[[int, int, int], SampleStream]
+    phases: Sequence[Phase], seed: int, new_order: Callable[[int, int, int], StreamSamples]
 ) -> Samples:
     """The samples of one dataset through all ``phases`` of a run.
 
@@ -88,7 +109,7 @@ def continued_samples(
 class _Part:
     """The first ``count`` of some samples."""
 
-    samples: SampleStream
+    samples: StreamSamples
     count: int
 
 
@@ -103,10 +124,18 @@ class _Chain:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
+        samples, own = self._at(index)
+        return samples[own]
+
+    def pieces(self, index: int) -> Iterator[Piece]:
+        samples, own = self._at(index)
+        return samples.pieces(own)
+
+    def _at(self, index: int) -> tuple[Samples, int]:
         index = range(len(self))[index]
         at = int(np.searchsorted(self._ends, index, side="right"))
         part = self._parts[at]
-        return part.samples[index - int(self._ends[at]) + part.count]
+        return part.samples, index - int(self._ends[at]) + part.count
 
 
 def _cut_anew(parts: Sequence[_Part], phase: Phase, seed: int) -> list[_Part]:
@@ -125,10 +154,10 @@ def _cut_anew(parts: Sequence[_Part], phase: Phase, seed: int) -> list[_Part]:
     return cut
 
 
-class RestOfSamples:
+class RestOfSamples(StreamSamples):
     """What is left of an order after its first ``read`` samples, in samples of another length."""
 
-    def __init__(self, order: SampleStream, read: int, seq_length: int, seed: int) -> None:
+    def __init__(self, order: StreamSamples, read: int, seq_length: int, seed: int) -> None:
         left = np.ones(len(order), bool)
         left[order.shuffle_index[:read]] = False
         samples = np.flatnonzero(left)
@@ -144,22 +173,12 @@ class RestOfSamples:
         count = max(0, self._num_tokens - 1) // seq_length
         self.shuffle_index = np.random.RandomState(seed).permutation(count)
 
-    def __len__(self) -> int:
-        return len(self.shuffle_index)
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        sample = int(self.shuffle_index[range(len(self))[index]])
-        return self.tokens(sample * self.seq_length, self.seq_length + 1)
-
-    def tokens(self, start: int, length: int) -> NDArray[np.int64]:
-        """``length`` tokens of what is left, laid end to end, from ``start`` on."""
-        parts = []
+    def stretch(self, start: int, length: int) -> Iterator[Piece]:
         run = int(np.searchsorted(self._places, start, side="right")) - 1
         stop = start + length
         while start < stop:
             ends = self._places[run + 1] if run + 1 < len(self._places) else self._num_tokens
             part = min(stop, int(ends)) - start
             place = int(self._starts[run]) + start - int(self._places[run])
-            parts.append(self._order.tokens(place, part))
+            yield from self._order.stretch(place, part)
             start, run = start + part, run + 1
-        return np.concatenate(parts)

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megatron.atomic import atomic_write
-from megatron.errors import DataError
+from megatron.errors import DataError, DiskError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -44,7 +44,6 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
 }
 
 _SEQUENCES_AT_ONCE = 1 << 20
-_TOKENS_AT_ONCE = 1 << 24
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype[Any]:
@@ -76,11 +75,14 @@ class IndexedDataset:
             ``(documents + 1,)``.
         tokens: the tokens of all sequences, one after another, 1-d.
 
+    Args:
+        fingerprint: that of the files, if they have been checked before; else they are now.
+
     Raises:
         DataError: if a file is missing or unreadable, or is not what the format asks for.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, fingerprint: str | None = None) -> None:
         self.prefix = Path(prefix)
         index = _map(idx_path(prefix))
         self.dtype, sequences, documents = _read_header(idx_path(prefix), index)
@@ -90,19 +92,22 @@ class IndexedDataset:
             index, "<i8", documents, HEADER.size + 12 * sequences
         )
         self._index = index
+        data = _map(bin_path(prefix))
+        whole = len(data) // self.dtype.itemsize * self.dtype.itemsize
+        self.tokens = np.frombuffer(data[:whole], self.dtype)
+        if fingerprint is not None:
+            self.fingerprint = fingerprint
+            return
         num_tokens = _check_sequences(
             idx_path(prefix), self.sizes, self._pointers, self.dtype.itemsize
         )
         _check_boundaries(idx_path(prefix), self.document_boundaries, sequences)
-
-        data = _map(bin_path(prefix))
         expected = num_tokens * self.dtype.itemsize
         if len(data) != expected:
             raise DataError(
                 f"{bin_path(prefix)}: has {len(data)} bytes, but {idx_path(prefix).name} describes "
                 f"{num_tokens} tokens of {self.dtype}, which are {expected} bytes"
             )
-        self.tokens = np.frombuffer(data, self.dtype)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -124,25 +129,12 @@ class IndexedDataset:
         """32 hex digits that identify the data: BLAKE2b of the bytes of .idx and the size of .bin.
 
         Equal for copies under any name. Two datasets with sequences of equal lengths are not told
-        apart; the order of samples, which follows from the lengths alone, is the same for both.
+        apart, for which there is the hash of the content; the order of samples, which follows from
+        the lengths alone, is the same for both.
         """
         digest = hashlib.blake2b(self._index.data, digest_size=16)
         digest.update(struct.pack("<Q", self.tokens.nbytes))
         return digest.hexdigest()
-
-    def token_range(self) -> tuple[int, int]:
-        """The smallest and the largest token id of all sequences, (0, 0) if there is no token.
-
-        Reads the whole .bin file.
-        """
-        parts = [
-            self.tokens[first : first + _TOKENS_AT_ONCE]
-            for first in range(0, len(self.tokens), _TOKENS_AT_ONCE)
-        ]
-        ranges = [(int(part.min()), int(part.max())) for part in parts]
-        if not ranges:
-            return 0, 0
-        return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 def _map(path: Path) -> NDArray[np.uint8]:
@@ -264,14 +256,15 @@ class IndexedDatasetWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None:
+        if error is not None:
+            self._stack.__exit__(kind, error, traceback)
+            return
+        with self._stack:
             # The new .bin must never be seen with an old .idx.
-            idx_path(self.prefix).unlink(missing_ok=True)
-        self._stack.__exit__(kind, error, traceback)
-        if error is None:
-            with atomic_write(idx_path(self.prefix)) as file:
-                for part in self._index():
-                    file.write(part)
+            _remove(idx_path(self.prefix))
+        with atomic_write(idx_path(self.prefix)) as file:
+            for part in self._index():
+                file.write(part)
 
     def _index(self) -> Iterator[bytes]:
         sizes = np.frombuffer(self._sizes, np.int32)
@@ -280,3 +273,10 @@ class IndexedDatasetWriter:
         yield sizes.astype("<i4").tobytes()
         yield ((ends - sizes) * self.dtype.itemsize).astype("<i8").tobytes()
         yield np.frombuffer(self._boundaries, np.int64).astype("<i8").tobytes()
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be replaced: {error.strerror or error}") from error

@@ -6,7 +6,7 @@
 Whatever can be wrong with the data is found while the samples are built, before the first step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -14,15 +14,10 @@ import numpy as np
 import torch
 
 from megatron.config import Config
-from megatron.data.blend import (
-    BlendedSamples,
-    samples_of_each,
-    split_documents,
-    taken_of_each,
-)
-from megatron.data.cache import ArraySpec, cache_key, cached_arrays
+from megatron.data.blend import BlendedSamples, samples_of_each, split_documents, taken_of_each
+from megatron.data.content import Content, Findings, check_tokens
 from megatron.data.description import Description, description_path, read_description
-from megatron.data.history import Phase, continued_samples
+from megatron.data.history import Phase, SamplesFrom, continued_samples
 from megatron.data.indexed_dataset import IndexedDataset, bin_path
 from megatron.data.sampler import microbatch_samples
 from megatron.data.samples import GPTSamples, Samples
@@ -36,40 +31,56 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 def build_samples(
-    config: Config, split: Split, num_samples: int, phases: Sequence[Phase] = ()
+    config: Config,
+    split: Split,
+    num_samples: int | Sequence[Phase],
+    findings: Findings | None = None,
 ) -> Samples:
     """The samples of one split of all data, at least ``num_samples``, in the order of training.
 
     Every rank calls it and gets the same; orders are kept in config.data.cache_folder.
 
     Args:
-        phases: those of a run that has gone on otherwise than it began, the last one that of
-            ``num_samples``; none is a run that reads as its config says, from the first sample on.
+        num_samples: or, for a run that has gone on otherwise than it began, its phases.
+        findings: what is known of the data, to which is added what is found out here.
 
     Raises:
         DataError: if data is missing, damaged, too small for the split, or not of the model's
             vocabulary or of config.data.tokenizer.
     """
     paths = config.data.paths
-    if not paths:
-        raise DataError("data.paths is empty: name the prefix of at least one dataset")
+    findings = findings or Findings()
+    _check_paths(config)
     tokenizer = None
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
-    phases = phases or [Phase(0, config.model.seq_length, num_samples)]
-    if len(paths) == 1:
-        return _build_dataset(config, next(iter(paths)), split, phases, tokenizer)
+    if isinstance(num_samples, int):
+        num_samples = [Phase(0, config.model.seq_length, num_samples)]
+    # Samples before the first phase came from other data.
+    first = num_samples[0].first
+    phases = [
+        Phase(phase.first - first, phase.seq_length, phase.num_samples - first)
+        for phase in num_samples
+    ]
     total = sum(paths.values())
     weights = [weight / total for weight in paths.values()]
     datasets = [
-        _build_dataset(config, path, split, own, tokenizer)
+        _build_dataset(config, path, split, own, tokenizer, findings)
         for path, own in zip(paths, phases_of_each(phases, weights), strict=True)
     ]
-    return BlendedSamples(datasets, weights, max(phase.num_samples for phase in phases))
+    samples = datasets[0]
+    if len(datasets) > 1:
+        folder = cache_folder(config, next(iter(paths)))
+        most = max(phase.num_samples for phase in phases)
+        samples = BlendedSamples(datasets, weights, most, findings.cache, folder)
+    return samples if first == 0 else SamplesFrom(first, samples)
 
 
-def phases_of_each(phases: Sequence[Phase], weights: Sequence[float]) -> Iterator[list[Phase]]:
+def phases_of_each(phases: Sequence[Phase], weights: Sequence[float]) -> Iterator[Sequence[Phase]]:
     """For each dataset of a blend, what the phases of the run are of its own samples."""
+    if len(weights) == 1:
+        yield phases
+        return
     needs = [samples_of_each(weights, phase.num_samples) for phase in phases]
     firsts = [taken_of_each(weights, phase.first) for phase in phases]
     for dataset in range(len(weights)):
@@ -79,16 +90,41 @@ def phases_of_each(phases: Sequence[Phase], weights: Sequence[float]) -> Iterato
         ]
 
 
+def read_contents(config: Config, prefixes: Iterable[str], findings: Findings) -> None:
+    """Read the tokens of the datasets ``prefixes``, unless it is known what they are.
+
+    Raises:
+        DataError: if files cannot be read, or are not what the format asks for.
+    """
+    for prefix in prefixes:
+        findings.open(prefix, cache_folder(config, prefix))
+
+
+def cache_folder(config: Config, prefix: str) -> Path:
+    """Where to keep what was found out about the dataset ``prefix``."""
+    return config.data.cache_folder or Path(prefix).parent
+
+
+def _check_paths(config: Config) -> None:
+    if not config.data.paths:
+        raise DataError("data.paths is empty: name the prefix of at least one dataset")
+
+
 def _build_dataset(
-    config: Config, prefix: str, split: Split, phases: Sequence[Phase], tokenizer: str | None
+    config: Config,
+    prefix: str,
+    split: Split,
+    phases: Sequence[Phase],
+    tokenizer: str | None,
+    findings: Findings,
 ) -> Samples:
     """The samples of one path; ``tokenizer`` is the fingerprint of config.data.tokenizer."""
-    dataset = IndexedDataset(prefix)
-    folder = config.data.cache_folder or dataset.prefix.parent
+    folder = cache_folder(config, prefix)
+    dataset, content = findings.open(prefix, folder)
     description = read_description(prefix)
     if description is not None:
-        _check_description(config, dataset, description, tokenizer)
-    _check_vocabulary(config.model.vocab_size, dataset, description, folder)
+        _check_description(config, dataset, content, description, tokenizer)
+    check_tokens(dataset, content, config.model.vocab_size)
     documents = split_documents(len(dataset), config.data.split)[SPLITS.index(split)]
     if len(documents) == 0:
         raise DataError(
@@ -97,56 +133,35 @@ def _build_dataset(
         )
 
     def new_order(num_samples: int, seq_length: int, seed: int) -> GPTSamples:
-        return GPTSamples(dataset, num_samples, seq_length, seed, documents, folder)
+        return GPTSamples(dataset, num_samples, seq_length, seed, documents, folder, findings.cache)
 
     return continued_samples(phases, config.train.seed, new_order)
 
 
 def _check_description(
-    config: Config, dataset: IndexedDataset, description: Description, tokenizer: str | None
+    config: Config,
+    dataset: IndexedDataset,
+    content: Content,
+    description: Description,
+    tokenizer: str | None,
 ) -> None:
     """Refuse a description of other data, and data of another tokenizer."""
     path = description_path(dataset.prefix)
-    if description.dataset != dataset.fingerprint:
+    if description.dataset != content.fingerprint:
         raise DataError(
             f"{path}: describes the dataset {description.dataset}, "
-            f"but the files beside it are {dataset.fingerprint}"
+            f"but the files beside it are {content.fingerprint}"
+        )
+    if description.content not in (None, content.hash):
+        raise DataError(
+            f"{path}: describes tokens of the hash {description.content}, "
+            f"but {bin_path(dataset.prefix).name} has {content.hash}: it was changed since"
         )
     if tokenizer is not None and description.tokenizer != tokenizer:
         raise DataError(
             f"{path}: the data was made with tokenizer {description.tokenizer}, "
             f"but data.tokenizer {config.data.tokenizer} is {tokenizer}"
         )
-
-
-def _check_vocabulary(
-    vocab_size: int, dataset: IndexedDataset, description: Description | None, folder: Path
-) -> None:
-    """Refuse tokens that the model has no embedding for."""
-    if description is not None:
-        smallest, largest = 0, description.largest_token
-    else:
-        smallest, largest = _token_range(dataset, folder)
-    if smallest < 0 or largest >= vocab_size:
-        wrong = smallest if smallest < 0 else largest
-        raise DataError(
-            f"{bin_path(dataset.prefix)}: has the token id {wrong}, "
-            f"expected 0 to {vocab_size - 1} with model.vocab_size {vocab_size}"
-        )
-
-
-def _token_range(dataset: IndexedDataset, folder: Path) -> tuple[int, int]:
-    # The fingerprint does not depend on the tokens themselves, so the time of the file must help.
-    modified = bin_path(dataset.prefix).stat().st_mtime_ns
-    key = cache_key(dataset=dataset.fingerprint, modified=modified)
-    arrays = cached_arrays(
-        folder,
-        f"{dataset.prefix.name}-{key}",
-        {"token_range": ArraySpec((2,), np.dtype(np.int64))},
-        lambda: {"token_range": np.array(dataset.token_range(), np.int64)},
-    )
-    smallest, largest = arrays["token_range"].tolist()
-    return smallest, largest
 
 
 class MicrobatchLoader:

@@ -20,19 +20,34 @@ If only a part of the last epoch is needed, its documents and samples stay behin
 epochs before it. The order is Megatron's, number by number, for the same data, seed and sizes.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.cache import Arrays, ArraySpec, cache_key, cached_arrays
+from megatron.data.cache import ArrayCache, Arrays, ArraySpec, cache_key
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.errors import DataError
 
 # The last epoch stays apart if less than this share of its samples is needed.
 WHOLE_EPOCH_SHARE = 0.95
+
+
+class Piece(NamedTuple):
+    """Neighbouring tokens of one document."""
+
+    dataset: IndexedDataset
+    document: int
+    offset: int
+    length: int
+
+    def tokens(self) -> NDArray[np.integer[Any]]:
+        """The tokens, 1-d; fewer than ``length`` if the document has no more."""
+        return self.dataset.get(self.document, self.offset, self.length)
 
 
 class Samples(Protocol):
@@ -42,6 +57,46 @@ class Samples(Protocol):
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         """The tokens of one sample, int64 ``(seq_length + 1,)``."""
+
+    def pieces(self, index: int) -> Iterator[Piece]:
+        """Where the tokens of a sample come from, in order."""
+
+
+class StreamSamples(ABC):
+    """Samples that are cut one after another out of a stream of tokens, and shuffled.
+
+    Attributes:
+        seq_length: tokens between the beginnings of two samples.
+        shuffle_index: which of the samples along the stream is the i-th to be read, ``(samples,)``.
+    """
+
+    seq_length: int
+    shuffle_index: NDArray[np.integer[Any]]
+
+    @abstractmethod
+    def stretch(self, start: int, length: int) -> Iterator[Piece]:
+        """Where ``length`` tokens of the stream come from, the first of which is ``start``."""
+
+    def __len__(self) -> int:
+        return len(self.shuffle_index)
+
+    def pieces(self, index: int) -> Iterator[Piece]:
+        sample = int(self.shuffle_index[range(len(self))[index]])
+        return self.stretch(sample * self.seq_length, self.seq_length + 1)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        tokens = np.empty(self.seq_length + 1, np.int64)
+        filled = 0
+        for piece in self.pieces(index):
+            part = piece.tokens()
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
+        if filled != len(tokens):
+            raise DataError(
+                f"{piece.dataset.prefix}: sample {index} has {filled} tokens in its documents, "
+                f"expected {len(tokens)}: its order is not that of this data"
+            )
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -139,7 +194,7 @@ def _cut_samples(sizes: NDArray[np.int32], num_samples: int, seq_length: int) ->
     return index
 
 
-class GPTSamples:
+class GPTSamples(StreamSamples):
     """The samples of one dataset, in shuffled order.
 
     ``len(samples)`` is at least ``num_samples``: all whole samples of as many epochs as those need.
@@ -151,9 +206,11 @@ class GPTSamples:
         seed: seed of the order, at least 0 and below 2**32.
         documents: sequences of the dataset to draw from; None is all.
         cache_folder: where to keep the order between runs; None keeps nothing.
+        cache: what is known of kept orders already.
 
     Raises:
-        DataError: if the documents have too few tokens for one sample.
+        DataError: if the documents have too few tokens for one sample, or more than can be
+            numbered.
     """
 
     def __init__(
@@ -164,6 +221,7 @@ class GPTSamples:
         seed: int,
         documents: range | None = None,
         cache_folder: Path | None = None,
+        cache: ArrayCache | None = None,
     ) -> None:
         documents = range(len(dataset)) if documents is None else documents
         tokens = int(dataset.sizes[documents.start : documents.stop].sum(dtype=np.int64))
@@ -176,7 +234,12 @@ class GPTSamples:
         key = cache_key(
             dataset=dataset.fingerprint, first_document=documents.start, **asdict(order)
         )
-        arrays = cached_arrays(
+        if order.epochs * len(documents) > np.iinfo(np.int32).max:
+            raise DataError(
+                f"{dataset.prefix}: {num_samples} samples take {order.epochs} epochs of "
+                f"{len(documents)} documents, which are more than 2^31 - 1 in all"
+            )
+        arrays = (cache or ArrayCache()).get(
             cache_folder,
             f"{dataset.prefix.name}-{key}",
             order.specs(),
@@ -188,24 +251,14 @@ class GPTSamples:
         self._sample_index = arrays["sample_index"]
         self.shuffle_index = arrays["shuffle_index"]
 
-    def __len__(self) -> int:
-        return len(self.shuffle_index)
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        sample = int(self.shuffle_index[range(len(self))[index]])
-        return self.tokens(sample * self.seq_length, self.seq_length + 1)
-
-    def tokens(self, start: int, length: int) -> NDArray[np.int64]:
-        """``length`` tokens of the documents laid end to end, from ``start`` on."""
+    def stretch(self, start: int, length: int) -> Iterator[Piece]:
         sample, skipped = divmod(start, self.seq_length)
         entry, offset = self._sample_index[sample].tolist()
-        last = self._sample_index[-(-(start + length - 1) // self.seq_length), 0]
+        last = int(self._sample_index[-(-(start + length - 1) // self.seq_length), 0])
         offset += skipped
-        tokens = np.empty(length, np.int64)
-        filled = 0
         for document in self._document_index[entry : last + 1].tolist():
-            part = self._dataset.get(document, offset, length - filled)
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
-            offset = max(0, offset - int(self._dataset.sizes[document]))
-        return tokens
+            size = int(self._dataset.sizes[document])
+            part = max(0, min(length, size - offset))
+            yield Piece(self._dataset, document, min(offset, size), part)
+            length -= part
+            offset = max(0, offset - size)

@@ -5,13 +5,21 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron.config import Config
+from megatron.data.content import Findings
 from megatron.data.history import Phase
 from megatron.data.loader import MicrobatchLoader, Split, build_samples
+from megatron.data.samples import Samples
+from megatron.data.text_bytes import bytes_per_token
 from megatron.launch import Launch
 from megatron.model.inputs import ModelInputs, build_inputs
 from mpu import broadcast_batch
 
 _NAMES = ("tokens", "samples")
+
+
+def reads_data(launch: Launch) -> bool:
+    """Whether this rank reads data; else another of its tensor group does."""
+    return launch.groups.tensor.rank() == 0
 
 
 class BatchReader:
@@ -20,9 +28,10 @@ class BatchReader:
     The first rank of each tensor group reads the data and the others get it from there.
 
     Args:
-        num_samples: that will be read, from the first on; for 0, the split may be empty.
+        num_samples: that will be read, from the first on, or the phases of the run, see
+            ``build_samples``; for 0, the split may be empty.
         eod_id: the end-of-document token, if the tokenizer is known.
-        phases: how the samples have been read so far, see ``build_samples``.
+        findings: what is known of the data.
 
     Raises:
         DataError: if the data cannot be used.
@@ -33,19 +42,34 @@ class BatchReader:
         config: Config,
         launch: Launch,
         split: Split,
-        num_samples: int,
+        num_samples: int | Sequence[Phase],
         eod_id: int | None,
-        phases: Sequence[Phase] = (),
+        findings: Findings | None = None,
     ) -> None:
         self._config = config
         self._launch = launch
         self._eod_id = eod_id
         self._weight_dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
+        needed = num_samples if isinstance(num_samples, int) else num_samples[-1].num_samples
+        self._num_samples = needed
+        self._samples: Samples | None = None
         self._loader: MicrobatchLoader | None = None
-        if launch.groups.tensor.rank() == 0 and num_samples > 0:
-            samples = build_samples(config, split, num_samples, phases)
+        if reads_data(launch) and needed > 0:
+            self._samples = build_samples(config, split, num_samples, findings)
             data = launch.groups.data
-            self._loader = MicrobatchLoader(samples, data.rank(), data.size())
+            self._loader = MicrobatchLoader(self._samples, data.rank(), data.size())
+
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text behind one token that is predicted, in all samples that will be read.
+
+        None if they are not known, or this rank does not read data.
+
+        Raises:
+            DataError: if what says so is damaged.
+        """
+        if self._samples is None:
+            return None
+        return bytes_per_token(self._samples, self._num_samples)
 
     def read(
         self, consumed_samples: int, batch_size: int, micro_batch: int

@@ -58,8 +58,11 @@ def check_changes(config: Config, save: CheckpointReader, progress: Progress) ->
     _tell_of_jump(config, save, progress)
 
 
-def run_phases(config: Config, save: CheckpointReader | None) -> list[Phase]:
+def run_phases(config: Config, save: CheckpointReader | None, *, same_data: bool) -> list[Phase]:
     """How the samples of a run are read that goes on from ``save``, or begins.
+
+    Args:
+        same_data: whether the data is that of the save.
 
     Raises:
         CheckpointError: if the save does not say how they were read before.
@@ -67,7 +70,9 @@ def run_phases(config: Config, save: CheckpointReader | None) -> list[Phase]:
     before, consumed = [], 0
     if save is not None:
         before, consumed = _saved_phases(config, save), read_progress(save).consumed_samples
-    return go_on(before, consumed, config.model.seq_length, config.train.samples)
+    # A run that is complete has no next batch, but its parts are made with one.
+    samples = max(config.train.samples, consumed + global_batch_size(consumed, config.train))
+    return go_on(before, consumed, config.model.seq_length, samples, same_data=same_data)
 
 
 def saved_choices(config: Config, save: CheckpointReader | None) -> Mapping[str, Any]:

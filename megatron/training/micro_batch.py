@@ -129,6 +129,7 @@ class EngineTrial:
 
     Args:
         data: the training samples.
+        first: the sample to begin with.
         timer: measures on the device; default: CUDA events on a GPU, and on a CPU the clock.
     """
 
@@ -140,9 +141,11 @@ class EngineTrial:
         data: BatchReader,
         *,
         group: ProcessGroup | None,
+        first: int = 0,
         timer: Timer | None = None,
     ) -> None:
         self._config = config
+        self._first = first
         self._data_size = launch.groups.dims.data
         self._device = launch.device
         self._engine = engine
@@ -154,7 +157,7 @@ class EngineTrial:
         self._room = int(_USABLE * available_bytes(self._device, ranks))
 
     def __call__(self, size: int) -> Cost:
-        (microbatch,) = self._data.read(0, size * self._data_size, size)
+        (microbatch,) = self._data.read(self._first, size * self._data_size, size)
         in_trial = _samples_in_trial(self._config, self._data_size, size) // size
         trial = partial(self._engine.trial, [microbatch] * in_trial)
         trial()

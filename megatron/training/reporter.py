@@ -10,7 +10,6 @@ import torch
 import yaml
 
 from megatron.config import Config, config_to_dict
-from megatron.data.description import bytes_per_token
 from megatron.engine.base import StepResult
 from megatron.launch import Launch
 from megatron.model.flops import count_parameters, flops_per_token, peak_flops
@@ -39,6 +38,7 @@ class Reporter:
 
     Args:
         guard: called before anything is written; raises if the folder belongs to another run.
+        bytes_per_token: of the text behind the evaluated tokens, if it is known.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Reporter:
         launch: Launch,
         start: Progress,
         guard: Callable[[], None] = lambda: None,
+        bytes_per_token: float | None = None,
     ) -> None:
         self._config = config
         self._launch = launch
@@ -54,7 +55,7 @@ class Reporter:
             1 for _ in batch_plan(config.train, start.consumed_samples)
         )
         self._flops_per_token = flops_per_token(config.model, "causal")
-        self._bytes_per_token = bytes_per_token(config.data.paths)
+        self._bytes_per_token = bytes_per_token
         self._device = _device_name(launch.device)
         self._peak_flops = peak_flops(self._device, config.train.torch_dtype)
         self._window = Window()

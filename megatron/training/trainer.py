@@ -1,12 +1,13 @@
 """The training run: build the parts, and then step, evaluate and save until it is done."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 import torch.distributed as dist
 
 from megatron.config import Config
+from megatron.data.content import Findings
 from megatron.data.history import Phase
 from megatron.data.loader import Split
 from megatron.engine.base import Engine
@@ -17,9 +18,11 @@ from megatron.optim.schedule import global_batch_size, learning_rate
 from megatron.together import run_everywhere
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.attention_choice import choose_backend
-from megatron.training.batches import BatchReader
-from megatron.training.changes import run_phases, saved_choices
+from megatron.training.batches import BatchReader, reads_data
+from megatron.training.changes import read_progress, run_phases, saved_choices
+from megatron.training.data_identity import agree_on_data
 from megatron.training.engine_choice import build_engine, check_engine
+from megatron.training.findings import compare_findings, find_orders, read_data
 from megatron.training.micro_batch import EngineTrial, choose_micro_batch
 from megatron.training.replicas import check_replicas
 from megatron.training.reporter import Reporter
@@ -72,14 +75,17 @@ class _Run:
         self._stop = StopRequest()
         tokenizer = run_everywhere(lambda: _load_tokenizer(config), world)
         newest = open_newest(config)
-        phases = run_phases(config, newest)
         # Before the model is built: what is wrong with the data is known soon.
-        self._train_data = run_everywhere(
-            lambda: _open_data(config, launch, "train", tokenizer, phases), world
+        findings = read_data(config, reads=reads_data(launch), group=world)
+        data = agree_on_data(config, findings, tokenizer, newest, world)
+        consumed = 0 if newest is None else read_progress(newest).consumed_samples
+        phases = run_phases(config, newest, same_data=data.is_same)
+        needed = _needed_samples(config, phases)
+        findings = find_orders(config, needed, findings, reads=reads_data(launch), group=world)
+        self._train_data, self._valid_data = run_everywhere(
+            lambda: _open_data(config, launch, needed, tokenizer, findings), world
         )
-        self._valid_data = run_everywhere(
-            lambda: _open_data(config, launch, "valid", tokenizer), world
-        )
+        compare_findings(findings, world)
         saved = saved_choices(config, newest)
         attention = choose_backend(config, launch.device, saved, group=world)
         self._engine: Engine = run_everywhere(
@@ -89,20 +95,24 @@ class _Run:
             config,
             launch,
             saved,
-            lambda: EngineTrial(config, launch, self._engine, self._train_data, group=world),
+            lambda: EngineTrial(
+                config, launch, self._engine, self._train_data, group=world, first=consumed
+            ),
             group=world,
         )
         self._micro_batch = micro_batch.size
         choices = {
             **attention.to_state(),
             **micro_batch.to_state(),
+            **data.to_state(),
             "phases": [vars(phase) for phase in phases],
         }
         self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer, choices, guard)
         self._progress = self._checkpoints.resume(newest)
         self._saved_step = self._progress.step
+        bytes_per_token = run_everywhere(self._valid_data.bytes_per_token, world)
         self._reporter = run_everywhere(
-            lambda: Reporter(config, launch, self._progress, guard), world
+            lambda: Reporter(config, launch, self._progress, guard, bytes_per_token), world
         )
 
     def go(self) -> None:
@@ -197,13 +207,23 @@ def _load_tokenizer(config: Config) -> Tokenizer | None:
     return tokenizer
 
 
+def _needed_samples(config: Config, phases: Sequence[Phase]) -> dict[Split, Sequence[Phase]]:
+    """The samples of each split. Those that are evaluated are the same however a run goes on."""
+    return {
+        "train": phases,
+        "valid": [Phase(0, config.model.seq_length, config.train.eval_samples)],
+    }
+
+
 def _open_data(
     config: Config,
     launch: Launch,
-    split: Split,
+    needed: Mapping[Split, Sequence[Phase]],
     tokenizer: Tokenizer | None,
-    phases: Sequence[Phase] = (),
-) -> BatchReader:
-    num_samples = config.train.samples if split == "train" else config.train.eval_samples
+    findings: Findings,
+) -> list[BatchReader]:
     eod_id = None if tokenizer is None else tokenizer.eod_id
-    return BatchReader(config, launch, split, num_samples, eod_id, phases)
+    return [
+        BatchReader(config, launch, split, phases, eod_id, findings)
+        for split, phases in needed.items()
+    ]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from megatron.checkpoint.format import (
-    HASH_PART,
     MANIFEST,
     Box,
     Manifest,
@@ -20,10 +19,10 @@ from megatron.checkpoint.format import (
     check_file_name,
     decode_manifest,
     encode_manifest,
-    hash_file,
     read_manifest,
 )
 from megatron.errors import CheckpointError
+from megatron.hashing import HASH_PART, hash_file
 from tests.megatron.checkpoint.sample import edit_manifest, read_fields, save, sign_manifest
 
 FILE = "rank-00000.safetensors"

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from megatron.checkpoint.folders import find_latest
-from megatron.checkpoint.format import MANIFEST, StateTensor, hash_file
+from megatron.checkpoint.format import MANIFEST, StateTensor
 from megatron.checkpoint.load import open_checkpoint
 from megatron.errors import CheckpointError
+from megatron.hashing import hash_file
 from mpu.sharding import HeldBox
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron.data.history import Phase, continued_samples, go_on
+from megatron.data.history import Phase, SamplesFrom, continued_samples, go_on
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import GPTSamples, Samples
 
@@ -105,7 +105,8 @@ def test_neighbours_stay_neighbours_where_nothing_between_them_was_read(reading:
 
 
 def inputs_along(order: GPTSamples) -> list[int]:
-    return order.tokens(0, len(order) * order.seq_length).tolist()
+    pieces = order.stretch(0, len(order) * order.seq_length)
+    return [token for piece in pieces for token in piece.tokens().tolist()]
 
 
 def test_the_length_may_change_more_than_once(reading: Reading) -> None:
@@ -121,3 +122,14 @@ def test_the_length_may_change_more_than_once(reading: Reading) -> None:
 
 def len_read(phases: list[Phase]) -> int:
     return phases[-1].first
+
+
+def test_other_data_is_read_from_its_first_sample_on(reading: Reading) -> None:
+    phases = go_on([Phase(0, 16, 60)], 10, 16, 30, same_data=False)
+    assert phases == [Phase(10, 16, 30)]
+    alone = reading.samples([Phase(0, 16, 20)])
+    samples = SamplesFrom(10, alone)
+    assert [samples[at].tolist() for at in (10, 29)] == [alone[at].tolist() for at in (0, 19)]
+    assert list(samples.pieces(10)) == list(alone.pieces(0))
+    with pytest.raises(IndexError, match="sample 9 is none of 10 to"):
+        samples[9]

@@ -23,7 +23,7 @@ from megatron.data.blend import BlendedSamples
 from megatron.data.history import Phase, continued_samples, go_on
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.loader import MicrobatchLoader, phases_of_each
-from megatron.data.samples import GPTSamples, Samples
+from megatron.data.samples import GPTSamples, Piece, Samples
 from megatron.optim.schedule import batch_plan, global_batch_size
 from tests.figures import Figure
 from tests.megatron.data.test_history import numbered
@@ -74,9 +74,9 @@ class Order(GPTSamples):
         super().__init__(dataset, *key[1:])
         self._last, self._key = last, key
 
-    def tokens(self, start: int, length: int) -> NDArray[np.int64]:
+    def stretch(self, start: int, length: int) -> Iterator[Piece]:
         self._last[:] = [self._key]
-        return super().tokens(start, length)
+        return super().stretch(start, length)
 
 
 def build(

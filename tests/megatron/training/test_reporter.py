@@ -10,7 +10,6 @@ import yaml
 from torch.distributed import ProcessGroup
 
 from megatron.config import config_to_dict
-from megatron.data.description import Description, write_description
 from megatron.engine.base import StepResult
 from megatron.launch import Launch
 from megatron.model.flops import count_parameters, flops_per_token
@@ -31,13 +30,18 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def report(folder: Path, launch: Launch, start: Progress | None = None) -> list[Record]:
+def report(
+    folder: Path,
+    launch: Launch,
+    start: Progress | None = None,
+    bytes_per_token: float | None = None,
+) -> list[Record]:
     """What is written of all steps of 0.5 seconds after ``start``, and one evaluation."""
     config = make_config(folder, data={"paths": {str(folder / "text"): 1.0}})
     config.folder.mkdir(exist_ok=True)
     before = read_all(config.folder)
     progress = start or Progress()
-    reporter = Reporter(config, launch, progress)
+    reporter = Reporter(config, launch, progress, bytes_per_token=bytes_per_token)
     assert read_all(config.folder) == before, "making a reporter changes nothing"
     reporter.start()
     while progress.step < 8:
@@ -91,19 +95,10 @@ def test_log_lines_come_at_the_interval_and_at_the_end(
     assert steps == ["3/8", "6/8", "8/8", "8"], "three of training, one of the evaluation"
 
 
-def test_bits_per_byte_need_a_description_of_the_data(tmp_path: Path, launch: Launch) -> None:
+def test_bits_per_byte_need_the_length_of_the_text(tmp_path: Path, launch: Launch) -> None:
     assert report(tmp_path, launch)[-1]["bits_per_byte"] is None
-    description = Description(
-        dataset="0",
-        tokenizer="0",
-        vocab_size=60000,
-        largest_token=5,
-        documents=1,
-        tokens=10,
-        utf8_bytes=40,
-    )
-    write_description(tmp_path / "text", description)
-    assert report(tmp_path, launch)[-1]["bits_per_byte"] == 2.0 / math.log(2) / 4
+    last = report(tmp_path, launch, bytes_per_token=4.0)[-1]
+    assert last["bits_per_byte"] == 2.0 / math.log(2) / 4
 
 
 def test_steps_after_the_save_are_written_anew(tmp_path: Path, launch: Launch) -> None:
