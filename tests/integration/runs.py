@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -86,6 +86,7 @@ def run_pretrain(
     env: Mapping[str, str] | None = None,
     ranks: Sequence[int] | None = None,
     fault: Fault | None = None,
+    prepare: Callable[[], object] | None = None,
     timeout: float = TIMEOUT,
 ) -> Result:
     """Run ``pretrain_bloom.main(argv)`` on every rank, as a launcher starts it.
@@ -95,6 +96,7 @@ def run_pretrain(
     Args:
         env: variables besides those that a launcher sets, or instead of them.
         ranks: those that are started; None is all.
+        prepare: called in every rank before the program, in which it may change something.
     """
     launcher = _launcher_env(world_size)
     started = time.monotonic()
@@ -105,7 +107,7 @@ def run_pretrain(
             variables = {**launcher, **({"RANK": str(rank)} if launcher else {}), **(env or {})}
             processes[rank] = _CONTEXT.Process(
                 target=_run_rank,
-                args=(list(argv), folder / f"{rank}", variables, _of_rank(fault, rank)),
+                args=(list(argv), folder / f"{rank}", variables, _of_rank(fault, rank), prepare),
             )
             processes[rank].start()
         hung = _wait(processes, started + timeout)
@@ -155,7 +157,13 @@ def _read(folder: Path, ranks: Mapping[int, object], stream: str) -> str:
     return "".join(path.read_text() for path in paths if path.exists())
 
 
-def _run_rank(argv: list[str], output: Path, env: Mapping[str, str], fault: Fault | None) -> None:
+def _run_rank(
+    argv: list[str],
+    output: Path,
+    env: Mapping[str, str],
+    fault: Fault | None,
+    prepare: Callable[[], object] | None,
+) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         with Path(f"{output}.{name}").open("wb") as file:
             os.dup2(file.fileno(), number)
@@ -163,6 +171,8 @@ def _run_rank(argv: list[str], output: Path, env: Mapping[str, str], fault: Faul
     torch.set_num_threads(1)
     if fault is not None:
         _arm(fault)
+    if prepare is not None:
+        prepare()
     pretrain_bloom.main(argv)
 
 
