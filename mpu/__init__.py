@@ -1,7 +1,7 @@
 """Tensor parallelism: process groups, collectives with gradients, parallel layers."""
 
 from mpu.cross_entropy import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
-from mpu.data import broadcast_batch
+from mpu.data import broadcast_batch, copy_to_device
 from mpu.groups import Axis, ParallelDims, ParallelGroups, build_groups
 from mpu.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from mpu.mappings import (
@@ -19,6 +19,7 @@ from mpu.sharding import (
     HeldBox,
     Piece,
     ShardSpec,
+    mark_whole,
     replace_parameters,
     set_shard_spec,
     shard_spec,
@@ -39,11 +40,13 @@ __all__ = [
     "VocabParallelEmbedding",
     "broadcast_batch",
     "build_groups",
+    "copy_to_device",
     "copy_to_region",
     "dropout",
     "gather_from_region",
     "gather_from_sequence",
     "init_normal",
+    "mark_whole",
     "reduce_from_region",
     "reduce_scatter_to_sequence",
     "replace_parameters",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from mpu.assertions import check_all
 from mpu.collectives import all_gather
 from mpu.products import add_product, computes_in_float32, main_grad
 
@@ -32,19 +33,34 @@ _CHUNK_SHARE = 1 / 64
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, *, group: ProcessGroup, vocab_size: int | None = None
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    group: ProcessGroup,
+    vocab_size: int | None = None,
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Loss of each token: ``(*, vocab / tensor)``, ``(*)`` -> ``(*)``.
 
-    Every rank of ``group`` calls it, and gets the same losses.
+    Every rank of ``group`` calls it with the same targets, and gets the same losses.
 
     Args:
         logits: this rank's columns of the logits.
-        targets: token ids below ``vocab_size``.
+        targets: token ids below ``vocab_size``, or ``ignore_index``.
         vocab_size: number of tokens, if the last columns are padding; default: all columns.
+        ignore_index: what stands for a target that does not count, whose loss and gradient are
+            zero; -100 is what ``torch.nn.functional.cross_entropy`` takes. Default: every target
+            has to be a token, so that none is left out by mistake.
+
+    Raises:
+        ValueError: for any other target (on a GPU, a device-side assertion).
     """
     columns = _Columns.of_rank(group, logits.size(-1), vocab_size)
-    return _CrossEntropy.apply(logits, targets, group, columns)
+    ignored = _check_targets(targets, columns, ignore_index)
+    if ignored is None:
+        return _CrossEntropy.apply(logits, targets, group, columns)
+    losses: Tensor = _CrossEntropy.apply(logits, targets.masked_fill(ignored, 0), group, columns)
+    return losses.masked_fill(ignored, 0)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -55,6 +71,7 @@ def vocab_parallel_linear_cross_entropy(
     *,
     group: ProcessGroup,
     vocab_size: int | None = None,
+    ignore_index: int | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """Weighted sum of the tokens' losses, for logits ``hidden @ weight.T``; a scalar.
@@ -66,13 +83,22 @@ def vocab_parallel_linear_cross_entropy(
     Args:
         hidden: ``(*, hidden)``.
         weight: this rank's rows of the output layer, ``(vocab / tensor, hidden)``.
-        targets: token ids below ``vocab_size``, ``(*)``.
+        targets: token ids below ``vocab_size``, or ``ignore_index``, ``(*)``.
         token_weights: weight of each token's loss in the sum, ``(*)``; no gradient.
         vocab_size: number of tokens, if the last rows are padding; default: all rows.
+        ignore_index: what stands for a target that does not count, whatever its weight; see
+            ``vocab_parallel_cross_entropy``.
         chunk_tokens: tokens whose logits are in memory at once; default: as many as fit in 64 MiB,
             or in a 64th of the memory of a GPU.
+
+    Raises:
+        ValueError: for any other target (on a GPU, a device-side assertion).
     """
     columns = _Columns.of_rank(group, weight.size(0), vocab_size)
+    ignored = _check_targets(targets, columns, ignore_index)
+    if ignored is not None:
+        targets = targets.masked_fill(ignored, 0)
+        token_weights = token_weights.masked_fill(ignored, 0)
     chunk = chunk_tokens or max(1, _chunk_bytes(weight.device) // (4 * weight.size(0)))
     return _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.size(-1)),
@@ -93,16 +119,34 @@ def _chunk_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The part of the vocabulary that this rank holds: ``count`` tokens from ``first`` on."""
+    """The part of the vocabulary of ``whole`` tokens that this rank holds: ``count`` from ``first``
+    on."""
 
     first: int
     count: int
+    whole: int
 
     @classmethod
     def of_rank(cls, group: ProcessGroup, width: int, vocab_size: int | None) -> "_Columns":
         first = group.rank() * width
-        last = first + width if vocab_size is None else min(first + width, vocab_size)
-        return cls(first, max(0, last - first))
+        whole = width * group.size() if vocab_size is None else vocab_size
+        return cls(first, max(0, min(first + width, whole) - first), whole)
+
+
+def _check_targets(targets: Tensor, columns: _Columns, ignore_index: int | None) -> Tensor | None:
+    """Refuse targets that are no tokens; which of them are to be ignored, if any may be."""
+    inside = (targets >= 0) & (targets < columns.whole)
+    ignored = None if ignore_index is None else targets == ignore_index
+    allowed = inside if ignored is None else inside | ignored
+    check_all(
+        allowed,
+        lambda: (
+            f"targets must be at least 0 and below the vocabulary size {columns.whole}"
+            f"{'' if ignore_index is None else f', or ignore_index {ignore_index}'}, "
+            f"got {targets[~allowed][0].item()}"
+        ),
+    )
+    return ignored
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from mpu.assertions import check_all
 from mpu.collectives import Done, Pending, all_gather, start_all_reduce, start_reduce_scatter
 from mpu.mappings import (
     SEQUENCE_DIM,
@@ -35,10 +36,10 @@ from mpu.mappings import (
 from mpu.overlap import gather_linear, linear_reduce_scatter
 from mpu.products import PLAIN, Products, bias_gradient, main_grad
 from mpu.rng import init_normal
-from mpu.sharding import ShardSpec, set_shard_spec
+from mpu.sharding import ShardedModule, ShardSpec, set_shard_spec
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(ShardedModule):
     """``(*, in_features)`` -> ``(*, out_features / tensor)``: each rank computes some outputs.
 
     Args:
@@ -99,7 +100,7 @@ class ColumnParallelLinear(nn.Module):
         return gather_from_region(y, self.group) if self.gather_output else y
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ShardedModule):
     """``(*, in_features / tensor)`` -> ``(*, out_features)``: each rank computes a part of the sum.
 
     Args:
@@ -163,7 +164,7 @@ class RowParallelLinear(nn.Module):
         return reduce_from_region(partial, self.group)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(ShardedModule):
     """``(batch, seq)`` token ids -> ``(batch, seq, embedding_dim)``: each rank holds some rows.
 
     Any vocabulary goes over any number of ranks: each holds the same number of rows, a multiple of
@@ -216,15 +217,13 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_from_region(partial, self.group)
 
     def _check_ids(self, ids: Tensor) -> None:
-        inside = ((ids >= 0) & (ids < self.num_embeddings)).all()
-        if ids.device.type != "cpu":
-            # Reading the verdict would make the CPU wait for the GPU.
-            torch._assert_async(inside)
-        elif ids.numel() > 0 and not inside:
-            raise ValueError(
+        check_all(
+            (ids >= 0) & (ids < self.num_embeddings),
+            lambda: (
                 f"token ids must be at least 0 and below the vocabulary size "
                 f"{self.num_embeddings}, got {int(ids.min())} to {int(ids.max())}"
-            )
+            ),
+        )
 
 
 class _Linear(torch.autograd.Function):

@@ -3,6 +3,11 @@
 Every parameter of a parallel model carries one. Initialisation, the gradient norm, checkpoints and
 exports all read it, so that nothing else has to know, or guess from a name, what a rank holds.
 
+Torch gives a module new parameters in many ways: ``to_empty``, ``load_state_dict(assign=True)``,
+copies. The layers of this package keep the specs themselves and give them to what takes a
+parameter's place. Other modules lose them, which is an error where a spec is asked for: that such a
+parameter were whole on every rank would be a guess, and a wrong one makes wrong numbers.
+
 A dimension is cut into equal runs, one for each tensor rank. A weight that stacks several matrices,
 such as the two halves of a gated unit, is cut block by block, so that each rank holds the same part
 of each of them. Drawn for two ranks:
@@ -16,6 +21,7 @@ logical position, and that stay zero.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -131,10 +137,72 @@ def set_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> None:
     parameter.shard_spec = spec  # type: ignore[attr-defined]
 
 
+def mark_whole(module: nn.Module, *, sum_gradient: bool = False) -> None:
+    """Say of an ordinary ``module`` that every rank holds all of its parameters."""
+    for parameter in module.parameters():
+        spec = ShardSpec(shape=tuple(parameter.shape), sum_gradient=sum_gradient)
+        set_shard_spec(parameter, spec)
+
+
 def shard_spec(parameter: nn.Parameter) -> ShardSpec:
-    """The spec of ``parameter``; one that carries none is whole on every rank."""
+    """The spec of ``parameter``.
+
+    Raises:
+        ValueError: if it carries none, because it never got one or took the place of one that did.
+    """
+    spec = _carried(parameter)
+    if spec is None:
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} carries no ShardSpec: it never got "
+            "one, or took the place of one that did (Module.to_empty, load_state_dict with "
+            "assign=True, copy.deepcopy); give it one by set_shard_spec, or by mark_whole if "
+            "every rank holds all of it"
+        )
+    return spec
+
+
+class ShardedModule(nn.Module):
+    """A module whose parameters keep their specs, whatever torch puts in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shard_specs: dict[str, ShardSpec] = {}
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Before, too: a spec may have been changed since it was noted.
+        self._keep_specs()
+        super().register_parameter(name, param)
+        self._keep_specs()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._keep_specs()
+        module = super()._apply(*args, **kwargs)
+        self._keep_specs()
+        return module
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._keep_specs()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_specs()
+
+    def _keep_specs(self) -> None:
+        """Note the specs that parameters carry, and give theirs to those that carry none."""
+        for name, parameter in self._parameters.items():
+            if parameter is None:
+                continue
+            spec = _carried(parameter)
+            if spec is not None:
+                self._shard_specs[name] = spec
+            elif name in self._shard_specs:
+                set_shard_spec(parameter, self._shard_specs[name])
+
+
+def _carried(parameter: nn.Parameter) -> ShardSpec | None:
     spec: ShardSpec | None = getattr(parameter, "shard_spec", None)
-    return spec if spec is not None else ShardSpec(shape=tuple(parameter.shape))
+    return spec
 
 
 def replace_parameters(
@@ -144,5 +212,7 @@ def replace_parameters(
     for path, part in module.named_modules():
         for name, old in list(part.named_parameters(recurse=False)):
             new = nn.Parameter(tensor_for(f"{path}.{name}" if path else name, old))
-            set_shard_spec(new, shard_spec(old))
+            spec = _carried(old)
+            if spec is not None:
+                set_shard_spec(new, spec)
             part.register_parameter(name, new)

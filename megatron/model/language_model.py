@@ -29,11 +29,12 @@ from megatron.model.transformer import (
 )
 from mpu import (
     RngStreams,
-    ShardSpec,
     VocabParallelEmbedding,
+    copy_to_device,
     copy_to_region,
     dropout,
     gather_from_sequence,
+    mark_whole,
     set_shard_spec,
     shard_spec,
     vocab_parallel_linear_cross_entropy,
@@ -106,8 +107,7 @@ def _replicated_table(rows: int, config: ModelConfig, placement: Placement) -> n
     shape = (rows, config.hidden_size)
     # Given its weight, the table does not draw one.
     table = nn.Embedding.from_pretrained(torch.empty(shape, dtype=placement.dtype), freeze=False)
-    for parameter in table.parameters():
-        set_shard_spec(parameter, ShardSpec(shape=shape, sum_gradient=placement.sequence_parallel))
+    mark_whole(table, sum_gradient=placement.sequence_parallel)
     return table
 
 
@@ -118,6 +118,7 @@ class Pooler(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.dense = nn.Linear(size, size, dtype=placement.dtype)
+        mark_whole(self.dense)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.tanh(self.dense(hidden[:, 0]))
@@ -149,6 +150,8 @@ class TransformerLanguageModel(nn.Module):
             config, placement, stage=stage, backend=backend, recompute=recompute
         )
         self.pooler = Pooler(config, placement) if config.pooler and stage.last else None
+        # On each device that tokens were on. Not a buffer, which casts of the model would round.
+        self._slopes: dict[torch.device, Tensor] = {}
 
     def forward(
         self,
@@ -202,7 +205,7 @@ class TransformerLanguageModel(nn.Module):
         config = self.config
         slopes = None
         if config.position_embedding == "alibi":
-            slopes = _local_slopes(config.num_heads, self.placement.group).to(tokens.device)
+            slopes = self._slopes_on(tokens.device)
         rotary = None
         if config.position_embedding == "rotary":
             dtype = self.placement.dtype
@@ -213,6 +216,13 @@ class TransformerLanguageModel(nn.Module):
             rotary=rotary,
             streams=streams,
         )
+
+    def _slopes_on(self, device: torch.device) -> Tensor:
+        """The ALiBi slopes of this rank's heads, copied to a device once and not at each pass."""
+        if device not in self._slopes:
+            slopes = _local_slopes(self.config.num_heads, self.placement.group)
+            self._slopes[device] = copy_to_device(slopes, device)
+        return self._slopes[device]
 
     def _local_positions(self, seq: int) -> range:
         if not self.placement.sequence_parallel:

@@ -11,7 +11,7 @@ from megatron.apex import fused_layer_norm
 from megatron.config import Config, ModelConfig
 from megatron.errors import ConfigError
 from megatron.model.fp8 import fp8_products
-from mpu import PLAIN, Products, ShardSpec, set_shard_spec
+from mpu import PLAIN, Products, mark_whole
 
 
 class LayerOptions(TypedDict):
@@ -90,7 +90,5 @@ def build_layer_norm(config: ModelConfig, placement: Placement) -> nn.Module:
     kind = fused_layer_norm() if config.layernorm == "apex" else nn.LayerNorm
     norm: nn.Module = kind(config.hidden_size, eps=config.layernorm_epsilon)
     norm = norm.to(dtype=placement.dtype)
-    for parameter in norm.parameters():
-        spec = ShardSpec(shape=(config.hidden_size,), sum_gradient=placement.sequence_parallel)
-        set_shard_spec(parameter, spec)
+    mark_whole(norm, sum_gradient=placement.sequence_parallel)
     return norm

@@ -113,7 +113,7 @@ def _fingerprint_of(entry: NamedState, device: torch.device) -> Tensor:
 
 def _any_rank(found: bool, device: torch.device) -> bool:
     """Whether any rank has found a difference."""
-    flag = torch.tensor([found], dtype=torch.int32, device=device)
+    flag = torch.full((), found, dtype=torch.int32, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
 

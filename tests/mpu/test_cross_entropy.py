@@ -234,3 +234,117 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor) -> None:
     """A probability moves by its logit's rounding, relatively; bf16 results round once more."""
     assert got.dtype == torch.bfloat16
     assert (got.double() - want).abs().max() <= bound * want.abs().max()
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_ignored_targets_count_as_in_torch(tensor: int) -> None:
+    run_ranks(tensor, check_ignored, tensor)
+
+
+def check_ignored(tensor: int) -> None:
+    """Values that are no token, among them the first behind the vocabulary, and one that is."""
+    group = build_groups(ParallelDims(tensor=tensor)).tensor
+    for vocab_size, rows in VOCABULARIES:
+        for ignore_index in (-100, -1, vocab_size, 2**40, 7):
+            case = (vocab_size, rows[tensor], ignore_index)
+            head = Head.random(vocab_size, rows[tensor] * tensor)
+            head.targets[0, 1:4] = ignore_index
+            want, want_hidden, want_weight = solve_ignoring(head, vocab_size, ignore_index)
+            for loss_of in (separate_losses, fused_losses):
+                hidden, weight = head.hidden.clone().requires_grad_(), rows_of(group, head.weight)
+                loss = loss_of(
+                    copy_to_region(hidden, group), weight, head, group, vocab_size, ignore_index
+                )
+                loss.backward()
+                assert_close(loss, want, case)
+                assert_close(hidden.grad, want_hidden, case)
+                assert_close(weight.grad, want_weight.chunk(tensor)[group.rank()], case)
+                assert hidden.grad is not None
+                assert (hidden.grad[0, 1:4] == 0).all()
+
+
+def solve_ignoring(head: Head, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = head.hidden.clone().requires_grad_(), head.weight.clone().requires_grad_()
+    logits = F.linear(hidden, weight[:vocab_size]).flatten(0, 1)
+    losses = F.cross_entropy(
+        logits, head.targets.flatten(), reduction="none", ignore_index=ignore_index
+    )
+    loss = (losses * head.token_weights.flatten()).sum()
+    grad_hidden, grad_weight = torch.autograd.grad(loss, [hidden, weight])
+    return loss.detach(), grad_hidden, grad_weight
+
+
+def separate_losses(
+    hidden: Tensor, weight: Tensor, head: Head, group: ProcessGroup, vocab_size: int, ignored: int
+) -> Tensor:
+    losses = vocab_parallel_cross_entropy(
+        F.linear(hidden, weight),
+        head.targets,
+        group=group,
+        vocab_size=vocab_size,
+        ignore_index=ignored,
+    )
+    assert (losses[head.targets == ignored] == 0).all()
+    return (losses * head.token_weights).sum()
+
+
+def fused_losses(
+    hidden: Tensor, weight: Tensor, head: Head, group: ProcessGroup, vocab_size: int, ignored: int
+) -> Tensor:
+    return vocab_parallel_linear_cross_entropy(
+        hidden,
+        weight,
+        head.targets,
+        head.token_weights,
+        group=group,
+        vocab_size=vocab_size,
+        ignore_index=ignored,
+        chunk_tokens=4,
+    )
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_targets_outside_the_vocabulary_are_refused_on_every_rank(tensor: int) -> None:
+    run_ranks(tensor, check_outside, tensor)
+
+
+def check_outside(tensor: int) -> None:
+    """Also where it would fall on padding, and where it is the usual value to be ignored."""
+    group = build_groups(ParallelDims(tensor=tensor)).tensor
+    head = Head.random(509, 512)
+    weight = rows_of(group, head.weight)
+    for wrong in (-1, -100, 509, 511, 512, 2**40, -(2**63)):
+        for ignored in (None, -2):
+            head.targets[1, 2] = wrong
+            message = f"targets must be at least 0 and below the vocabulary size 509.*got {wrong}$"
+            with pytest.raises(ValueError, match=message):
+                vocab_parallel_cross_entropy(
+                    F.linear(head.hidden, weight),
+                    head.targets,
+                    group=group,
+                    vocab_size=509,
+                    ignore_index=ignored,
+                )
+            with pytest.raises(ValueError, match=message):
+                vocab_parallel_linear_cross_entropy(
+                    head.hidden,
+                    weight,
+                    head.targets,
+                    head.token_weights,
+                    group=group,
+                    vocab_size=509,
+                    ignore_index=ignored,
+                )
+
+
+def test_without_a_vocabulary_size_all_columns_are_tokens() -> None:
+    run_ranks(2, check_all_columns)
+
+
+def check_all_columns() -> None:
+    group = build_groups(ParallelDims(tensor=2)).tensor
+    logits = torch.zeros(1, 4)
+    losses = vocab_parallel_cross_entropy(logits, torch.tensor([7]), group=group)
+    assert losses.item() == pytest.approx(math.log(8))
+    with pytest.raises(ValueError, match="below the vocabulary size 8, got 8"):
+        vocab_parallel_cross_entropy(logits, torch.tensor([8]), group=group)

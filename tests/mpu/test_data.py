@@ -1,5 +1,8 @@
 """A batch goes from the first tensor rank to the others, or fails on all of them."""
 
+import random
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,3 +63,73 @@ def check_missing_batch(tensor: int) -> None:
     batch = batch_of(0) if group.rank() == 0 else None
     got = broadcast_batch(batch, NAMES, group=group, device=CPU)
     assert torch.equal(got["tokens"], batch_of(0)["tokens"])
+
+
+NUMBERS = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_any_dtype_and_stride_arrives_bit_for_bit(tensor: int) -> None:
+    run_ranks(tensor, check_dtypes, tensor)
+
+
+def check_dtypes(tensor: int) -> None:
+    group = build_groups(ParallelDims(tensor=tensor)).tensor
+    numbers = random.Random(0)
+    for _ in range(30):
+        want = {str(key): random_tensor(numbers) for key in range(numbers.randint(1, 4))}
+        batch = want if group.rank() == 0 else None
+        got = broadcast_batch(batch, tuple(want), group=group, device=CPU)
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+
+
+def random_tensor(numbers: random.Random) -> Tensor:
+    shape = [numbers.randint(0, 3) for _ in range(numbers.randint(0, 4))]
+    generator = torch.Generator().manual_seed(numbers.randrange(2**32))
+    value = torch.randint(-3, 100, shape, generator=generator).to(numbers.choice(NUMBERS))
+    if value.dim() > 1 and numbers.random() < 0.5:
+        value = value.transpose(0, 1)
+    return value.conj() if value.is_complex() and numbers.random() < 0.5 else value
+
+
+FAULTS: list[tuple[Any, str]] = [
+    ({"y": torch.zeros(3)}, "batch tensor x is missing"),
+    ({"x": torch.zeros(1, 1, 1, 1, 1)}, "batch tensor x has more than 4 dimensions"),
+    ({"x": torch.zeros(2, device="meta")}, "batch tensor x must be a plain tensor on the CPU"),
+    ({"x": torch.zeros(2, 2).to_sparse()}, "batch tensor x must be a plain tensor on the CPU"),
+    ({"x": [1, 2]}, "batch tensor x must be a plain tensor on the CPU"),
+    (
+        {"x": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+        "batch tensor x must have one of the dtypes",
+    ),
+    ([1, 2], "the rank that reads the data has no batch"),
+]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_bad_batch_fails_on_every_rank(tensor: int) -> None:
+    run_ranks(tensor, check_bad_batches, tensor)
+
+
+def check_bad_batches(tensor: int) -> None:
+    group = build_groups(ParallelDims(tensor=tensor)).tensor
+    for batch, message in FAULTS:
+        with pytest.raises(ValueError, match=message):
+            broadcast_batch(batch if group.rank() == 0 else None, ("x",), group=group, device=CPU)
+    # The group is still in step.
+    batch = {"x": torch.ones(3)} if group.rank() == 0 else None
+    assert broadcast_batch(batch, ("x",), group=group, device=CPU)["x"].sum() == 3

@@ -203,7 +203,9 @@ class DeepSpeedEngine(Engine):
         if self._config.parallel.zero == 0:
             self._own_norm = self._clip()
         skip = self._is_trial or not math.isfinite(self._gradient_norm())
-        self._optimizer.found_inf = torch.full((), float(skip))  # type: ignore[attr-defined]
+        # The kernel takes it to where its parameters are, which offloading decides.
+        found_inf = torch.full((), float(skip), device="cpu")
+        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
 
     def _gradient_norm(self) -> float:
         """L2 norm of the gradient of this step before clipping, of the whole model."""

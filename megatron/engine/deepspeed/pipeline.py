@@ -62,7 +62,7 @@ class PipelineStage(PipelineModule):
             The sum of their losses, a float64 scalar; None on a rank without the last stage.
         """
         self._microbatches, self._streams, self._loss = iter(microbatches), streams, None
-        numbers = torch.arange(len(microbatches))
+        numbers = torch.arange(len(microbatches), device=microbatches[0].tokens.device)
         execute((number, number) for number in numbers)
         return self._loss
 

@@ -74,7 +74,9 @@ def _rounded_columns(
     slopes: Tensor, num_keys: int, dtype: torch.dtype, scale: float
 ) -> tuple[Tensor, Tensor]:
     """``(1, 1, 3)`` of the scale and ``(heads, keys, 3)`` of BLOOM's rounded bias."""
-    pieces = _split(slopes.new_tensor([1 / scale], dtype=torch.float64), dtype)
+    # Filled on the device: a copy of the number would make the CPU wait for it.
+    factor = torch.full((1,), 1 / scale, dtype=torch.float64, device=slopes.device)
+    pieces = _split(factor, dtype)
     key_columns = bloom_bf16_bias(slopes, num_keys).to(dtype).unsqueeze(-1)
     return pieces.unsqueeze(1), key_columns.expand(-1, -1, 3)
 

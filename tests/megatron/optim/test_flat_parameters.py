@@ -12,7 +12,7 @@ from megatron.optim import flat_parameters
 from megatron.optim.flat_parameters import FlatParameters
 from megatron.optim.held import Held
 from megatron.optim.parameters import Parameters
-from mpu import ParallelDims, ParallelGroups, build_groups
+from mpu import ParallelDims, ParallelGroups, build_groups, mark_whole
 from tests.distributed import run_ranks
 from tests.megatron.optim.keeping import (
     CPU,
@@ -110,6 +110,7 @@ def alone(single_group: ProcessGroup) -> ParallelGroups:
 
 def test_bf16_gradients_add_up_in_fp32(alone: ParallelGroups) -> None:
     layer = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    mark_whole(layer)
     parameters = FlatParameters([layer], alone, CPU)
     gradients = torch.randn(300, 8, 8).bfloat16()
     in_fp32, in_bf16 = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
@@ -125,6 +126,7 @@ def test_bf16_gradients_add_up_in_fp32(alone: ParallelGroups) -> None:
 
 def test_a_new_step_forgets_the_gradients_of_the_last(alone: ParallelGroups) -> None:
     layer = nn.Linear(8, 8, dtype=torch.float64)
+    mark_whole(layer)
     parameters = FlatParameters([layer], alone, CPU)
     layer(torch.ones(2, 8, dtype=torch.float64)).sum().backward()
     assert parameters.gradient_norm() > 0
