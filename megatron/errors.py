@@ -5,6 +5,17 @@ traceback, and leave with its exit code. Everything else is a bug and keeps its 
 """
 
 
+def printable(text: str) -> str:
+    """``text`` as a terminal may be given it: what it would obey, or cannot show, as escapes.
+
+    Messages quote what was read, and that may be anything.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+        for letter in text
+    )
+
+
 class RunError(Exception):
     """What ends a run for a reason that has a name.
 
@@ -15,7 +26,7 @@ class RunError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, on_every_rank: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.on_every_rank = on_every_rank
 
 

@@ -9,6 +9,8 @@ Modules only ask for their own logger, ``logging.getLogger(__name__)``.
 import logging
 import sys
 
+from megatron.errors import printable
+
 LOGGER_NAME = "megatron"
 
 
@@ -41,6 +43,13 @@ def _handlers(rank: int) -> list[logging.Handler]:
 
 def _formatter(rank: int) -> logging.Formatter:
     speaker = f"rank {rank}: " if rank > 0 else ""
-    return logging.Formatter(
+    return _PrintableFormatter(
         f"%(asctime)s %(levelname)s {speaker}%(message)s", datefmt="%m-%d %H:%M:%S"
     )
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Lines quote what was read: nothing of it may command the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

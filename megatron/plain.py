@@ -80,6 +80,19 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         return file.read()
 
 
+def leads_out(path: Path, folder: Path) -> Path | None:
+    """Where ``path`` in ``folder`` leads to if that is outside of it, through links; else None.
+
+    The folder itself may be reached through a link: its name was given, its content was not.
+    """
+    try:
+        place, inside = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError):
+        # Links in a circle lead nowhere.
+        return path
+    return None if place.is_relative_to(inside) else place
+
+
 def parse_yaml(text: str) -> Any:
     """The value that ``text`` is in YAML.
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from megatron.atomic import atomic_write, make_folder
 from megatron.errors import DataError
+from megatron.plain import leads_out, read_file
+from megatron.tokenizer_folder import TOKENIZER_CONFIG, check_folder
 
 EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<eod>")
 SPECIAL_NAMES = {
@@ -32,8 +34,11 @@ SPECIAL_NAMES = {
 }
 
 _TOKENIZERS_FILE = "tokenizer.json"
-_TRANSFORMERS_FILE = "tokenizer_config.json"
 _SENTENCEPIECE_FILE = "tokenizer.model"
+
+# The libraries raise whatever they like on a broken file; a panic of one is no Exception. These
+# come from elsewhere.
+_NOT_THEIRS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)
 
 
 class Tokenizer(ABC):
@@ -47,9 +52,22 @@ class Tokenizer(ABC):
     def vocabulary(self) -> dict[str, int]:
         """The id of every token, added tokens included."""
 
-    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text."""
+        """The token ids of each text.
+
+        Raises:
+            DataError: if the tokenizer cannot, as one that knows no token for a word.
+        """
+        try:
+            return self._encode(texts)
+        except _NOT_THEIRS:
+            raise
+        except BaseException as error:
+            raise DataError(f"{self.path}: cannot encode a text: {_reason(error)}") from error
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """What the library makes of each text."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -121,7 +139,7 @@ class _TokenizersTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Backend
 
         super().__init__(path)
-        self._content = path.read_bytes()
+        self._content = read_file(path)
         self._backend = Backend.from_buffer(self._content)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -130,7 +148,7 @@ class _TokenizersTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return dict(self._backend.get_vocab(with_added_tokens=True))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -151,13 +169,14 @@ class _TokenizersTokenizer(Tokenizer):
             **{role: name for role, name in specials.items() if name is not None},
         }
         content = json.dumps(config, indent=2).encode() + b"\n"
-        _write_files(folder, {**self.files(), _TRANSFORMERS_FILE: content})
+        _write_files(folder, {**self.files(), TOKENIZER_CONFIG: content})
 
 
 class _TransformersTokenizer(Tokenizer):
     """A tokenizer of the transformers library, of a folder."""
 
     def __init__(self, path: Path) -> None:
+        check_folder(path)
         from transformers import AutoTokenizer
 
         super().__init__(path)
@@ -174,7 +193,7 @@ class _TransformersTokenizer(Tokenizer):
         declared = self._backend.eos_token_id
         return super().eod_id if declared is None else int(declared)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             # The library fails on none.
             return []
@@ -203,7 +222,7 @@ class _SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         super().__init__(path)
-        self._content = path.read_bytes()
+        self._content = read_file(path)
         self._backend: Any = SentencePieceProcessor()
         self._backend.LoadFromSerializedProto(self._content)
 
@@ -217,7 +236,7 @@ class _SentencePieceTokenizer(Tokenizer):
         declared = int(self._backend.eos_id())
         return super().eod_id if declared < 0 else declared
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(ids) for ids in self._backend.Encode(list(texts), out_type=int)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -242,22 +261,35 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     kind, file = _find(path)
     try:
-        return kind(file)
-    # The libraries raise whatever they like, also bare Exception, on a broken file.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: cannot be read as a tokenizer: {reason}") from error
+        tokenizer = kind(file)
+        if not tokenizer.vocabulary:
+            raise DataError(f"{path}: has no tokens")
+    except (DataError, *_NOT_THEIRS):
+        raise
+    except BaseException as error:
+        raise DataError(f"{path}: cannot be read as a tokenizer: {_reason(error)}") from error
+    return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _find(path: Path) -> tuple[type[Tokenizer], Path]:
     """Which kind of tokenizer is at ``path``, and what to open."""
     if not path.exists():
         raise DataError(f"{path}: no such tokenizer; expected a .json or .model file or a folder")
-    if (path / _TRANSFORMERS_FILE).is_file():
+    if (path / TOKENIZER_CONFIG).is_file():
         return _TransformersTokenizer, path
     if path.is_dir():
         inside = [path / _TOKENIZERS_FILE, path / _SENTENCEPIECE_FILE]
-        path = next((file for file in inside if file.is_file()), path)
+        folder, path = path, next((file for file in inside if file.exists()), path)
+        outside = leads_out(path, folder)
+        if outside is not None:
+            raise DataError(
+                f"{path}: is a link to {outside}, outside of the tokenizer's folder; give the file "
+                "itself"
+            )
     kinds: dict[str, type[Tokenizer]] = {
         ".json": _TokenizersTokenizer,
         ".model": _SentencePieceTokenizer,
@@ -265,6 +297,6 @@ def _find(path: Path) -> tuple[type[Tokenizer], Path]:
     if path.is_dir() or path.suffix not in kinds:
         raise DataError(
             f"{path}: is not a tokenizer; expected a .json or .model file, or a folder with "
-            f"{_TRANSFORMERS_FILE}, {_TOKENIZERS_FILE} or {_SENTENCEPIECE_FILE}"
+            f"{TOKENIZER_CONFIG}, {_TOKENIZERS_FILE} or {_SENTENCEPIECE_FILE}"
         )
     return kinds[path.suffix], path

@@ -28,7 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "megatron.log": {"megatron.errors"},
     "megatron.together": {"megatron.errors"},
     "megatron.atomic": {"megatron.errors"},
-    "megatron.tokenizer": {"megatron.errors", "megatron.atomic", "megatron.plain"},
+    "megatron.tokenizer": {
+        "megatron.atomic",
+        "megatron.errors",
+        "megatron.plain",
+        "megatron.tokenizer_folder",
+    },
+    "megatron.tokenizer_folder": {"megatron.errors", "megatron.plain"},
     "megatron.launch": {"mpu", "megatron.config", "megatron.errors", "megatron.log"},
     "megatron.data": {
         "megatron.atomic",

@@ -17,7 +17,7 @@ import torch
 
 from megatron.checkpoint.format import StoredTensor
 from megatron.checkpoint.load import CheckpointReader, open_checkpoint
-from megatron.errors import RunError
+from megatron.errors import RunError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{reader.path}: every file is as it was written" if verify else describe(reader))
+    print(
+        f"{reader.path}: every file is as it was written" if verify else printable(describe(reader))
+    )
     return 0
 
 

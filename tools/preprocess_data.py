@@ -29,7 +29,7 @@ from megatron.cli import run_tool
 from megatron.data.corpus import SUFFIXES, BadRecordError, Record, find_files, read_records
 from megatron.data.description import Description, write_description
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for_vocab
-from megatron.errors import DataError, RunError
+from megatron.errors import DataError, RunError, printable
 from megatron.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 19
@@ -270,7 +270,7 @@ def report(prefix: Path, totals: Totals) -> None:
     if totals.bad > 0:
         print(f"left out {totals.bad} bad records, first of them:")
         for bad in totals.first_bad:
-            print(f"  {bad}")
+            print(f"  {printable(bad)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from megatron.atomic import atomic_write, make_folder
 from megatron.cli import run_tool
 from megatron.data.corpus import SUFFIXES, BadRecordError, Record, find_files, read_records
-from megatron.errors import DataError
+from megatron.errors import DataError, printable
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
 SMALLEST_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
@@ -58,7 +58,7 @@ def read_texts(records: Iterable[Record], json_key: str) -> Iterator[str]:
         try:
             text = record.text(json_key)
         except BadRecordError as error:
-            print(f"left out {record.place}: {error}", file=sys.stderr)
+            print(printable(f"left out {record.place}: {error}"), file=sys.stderr)
             continue
         found += 1
         yield text
