@@ -1,5 +1,6 @@
 """From a save of any layout to a model that computes at this one."""
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -13,10 +14,12 @@ from megatron.checkpoint.format import MANIFEST, StateTensor
 from megatron.checkpoint.load import CheckpointReader
 from megatron.config import Config, ModelConfig, ParallelConfig, config_from_dict
 from megatron.errors import CheckpointError, ConfigError
+from megatron.model.flops import count_parameters
 from megatron.model.init import build_model
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
 from megatron.tokenizer import Tokenizer, load_tokenizer
+from megatron.training.run_folder import check_run_folder
 from megatron.training.saving import CHECKPOINTS, TOKENIZER
 from mpu import shard_spec
 
@@ -31,6 +34,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if STEP_FOLDER.fullmatch(path.name) or os.path.lexists(path / MANIFEST):
         return path
+    check_run_folder(path)
     latest = find_latest(path / CHECKPOINTS)
     if latest is None:
         raise CheckpointError(f"{path}: is neither a checkpoint nor a run folder with one")
@@ -94,6 +98,7 @@ def load_model(
     Raises:
         CheckpointError: on every rank, if the weights are not those of such a model.
     """
+    _check_size(reader, config)
     # Of those that take cached keys, the one that never holds all scores of a long prompt.
     model = build_model(config, Placement(group, dtype=dtype), device=device, backend="blocked")
     for parameter in model.parameters():
@@ -101,6 +106,19 @@ def load_model(
         parameter.detach().zero_()
     reader.read_weights_into(_weight_targets(model))
     return model.requires_grad_(False).eval()
+
+
+def _check_size(reader: CheckpointReader, config: ModelConfig) -> None:
+    """Refuse a config of another model before memory is taken for it."""
+    weights = [tensor for tensor in reader.tensors.values() if tensor.kind == "weight"]
+    held, wanted = sum(math.prod(it.shape) for it in weights), count_parameters(config)
+    # A smaller difference is told by the names of the weights.
+    if wanted > 2 * held:
+        raise CheckpointError(
+            f"{reader.path}: is of another model: its config describes {wanted} parameters, but it "
+            f"holds {held}",
+            on_every_rank=True,
+        )
 
 
 def _weight_targets(model: BloomForPretraining) -> list[StateTensor]:

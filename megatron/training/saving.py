@@ -21,6 +21,7 @@ from megatron.training.changes import check_changes, read_progress
 from megatron.training.metrics import METRICS_FILE
 from megatron.training.metrics_file import survey
 from megatron.training.progress import Progress
+from megatron.training.saved_state import check_saved
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ def _open(path: Path, step: int) -> CheckpointReader:
     found = reader.state.get("step")
     if found != step:
         raise CheckpointError(f"{path}: is the save of step {found!r:.20}", on_every_rank=True)
+    check_saved(path, reader.state, reader.config)
     return reader
 
 

@@ -15,7 +15,7 @@ from megatron.errors import ConfigError, NonFiniteError, StoppedOnRequestError
 from megatron.launch import Launch, RankEnvironment, launched, read_environment
 from megatron.log import setup_logging
 from megatron.optim.schedule import global_batch_size, learning_rate
-from megatron.together import run_everywhere
+from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.attention_choice import choose_backend
 from megatron.training.batches import BatchReader, reads_data
@@ -26,6 +26,7 @@ from megatron.training.findings import compare_findings, find_orders, read_data
 from megatron.training.micro_batch import EngineTrial, choose_micro_batch
 from megatron.training.replicas import check_replicas
 from megatron.training.reporter import Reporter
+from megatron.training.run_folder import check_run_folder
 from megatron.training.run_lock import RunLock, held
 from megatron.training.saving import RunCheckpoints, open_newest
 from megatron.training.stopping import StopRequest
@@ -47,12 +48,13 @@ class Trainer:
         environment = read_environment()
         setup_logging(environment.rank)
         check_engine(self.config)
-        with (
-            launched(self.config.layout, self.config.launch, environment) as launch,
-            held(self.config.folder) as lock,
-            closing(_Run(self.config, launch, environment, lock)) as run,
-        ):
-            run.go()
+        with launched(self.config.layout, self.config.launch, environment) as launch:
+            run_on_first(lambda: check_run_folder(self.config.folder), dist.group.WORLD)
+            with (
+                held(self.config.folder) as lock,
+                closing(_Run(self.config, launch, environment, lock)) as run,
+            ):
+                run.go()
 
 
 class _Run:
