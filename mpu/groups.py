@@ -8,9 +8,15 @@ so that a tensor group is always a run of neighbouring ranks, which a cluster pu
 ``ParallelDims(tensor=2, data=2)``:
 
     tensor groups  [0, 1] [2, 3]        data groups  [0, 2] [1, 3]
+
+A rank builds the groups that it is in, and waits for their members only. The same ranks never make
+two groups: an axis that holds the ranks of another, or of the whole world, has its very group, and
+all axes of a single rank share one group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeAlias
 
 import torch
@@ -66,10 +72,14 @@ class ParallelGroups:
         return group
 
 
-def build_groups(dims: ParallelDims) -> ParallelGroups:
-    """Create every group of the grid and return those of this rank.
+def build_groups(dims: ParallelDims, timeout: timedelta | None = None) -> ParallelGroups:
+    """Create the groups of this rank.
 
-    Collective: every rank of the world calls it, with the same ``dims``.
+    Collective: every rank of the world calls it, with the same arguments.
+
+    Args:
+        timeout: how long a rank waits in a collective of these groups; None is torch's own. The
+            world, which may be one of them, keeps the one that it has.
 
     Raises:
         ValueError: if ``dims`` does not fill the world.
@@ -78,26 +88,40 @@ def build_groups(dims: ParallelDims) -> ParallelGroups:
     if dims.world_size != world_size:
         raise ValueError(f"{dims} needs {dims.world_size} ranks, but the world has {world_size}")
 
+    rank = dist.get_rank()
     grid = torch.arange(world_size).view(dims.pipeline, dims.data, dims.tensor)
-    pipelines = grid.movedim(0, -1).reshape(-1, dims.pipeline)
+    stage, replica, place = (int(index) for index in (grid == rank).nonzero()[0])
+    pipeline = grid[:, replica, place].tolist()
+    ends = sorted({pipeline[0], pipeline[-1]})
+    build = _Builder(timeout)
     return ParallelGroups(
         dims=dims,
-        tensor=_build_group(grid.reshape(-1, dims.tensor).tolist()),
-        data=_build_group(grid.movedim(1, -1).reshape(-1, dims.data).tolist()),
-        pipeline=_build_group(pipelines.tolist()),
-        model=_build_group(grid.movedim(1, 0).reshape(dims.data, -1).tolist()),
-        embedding=_build_group(_embedding_ranks(pipelines)),
+        tensor=build(grid[stage, replica].tolist()),
+        data=build(grid[stage, :, place].tolist()),
+        pipeline=build(pipeline),
+        model=build(grid[:, replica].flatten().tolist()),
+        # Last: torch names a group by the number of those before it, which is now the same on all
+        # ranks, and after it is not.
+        embedding=build(ends if rank in ends else [rank]),
     )
 
 
-def _embedding_ranks(pipelines: torch.Tensor) -> list[list[int]]:
-    """Pair the ends of each pipeline, ``(pipelines, stages)``; stages between them stay alone."""
-    ends = [sorted({row[0], row[-1]}) for row in pipelines.tolist()]
-    between = [[rank] for row in pipelines.tolist() for rank in row[1:-1]]
-    return ends + between
+class _Builder:
+    """Builds each group once."""
 
+    def __init__(self, timeout: timedelta | None) -> None:
+        self._timeout = timeout
+        world = dist.group.WORLD
+        assert world is not None
+        self._built: dict[tuple[int, ...], ProcessGroup] = {
+            tuple(range(dist.get_world_size())): world
+        }
 
-def _build_group(ranks: list[list[int]]) -> ProcessGroup:
-    """Create one group for each list of ``ranks``, which cover the world; return this rank's."""
-    group, _ = dist.new_subgroups_by_enumeration(ranks)
-    return group
+    def __call__(self, ranks: Sequence[int]) -> ProcessGroup:
+        """The group of ``ranks``, of which this rank is one. Collective over them."""
+        key = tuple(ranks)
+        if key not in self._built:
+            self._built[key] = dist.new_group(
+                list(ranks), timeout=self._timeout, use_local_synchronization=True
+            )
+        return self._built[key]
