@@ -10,54 +10,71 @@ Other launchers are in docs/launching.md.
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from typing import NoReturn
 
-from megatron.config import Config, load_config
-from megatron.errors import PeerError, RunError, StoppedOnRequestError
-from megatron.launch import leave, let_cause_be_seen, read_environment, take_local_rank
+from megatron.cli import leave, run_program
+from megatron.environment import read_environment, take_local_rank
+from megatron.errors import RunError, StoppedOnRequestError
 from megatron.log import setup_logging
-from megatron.training.dry_run import dry_run
-from megatron.training.dry_run_report import DryRunRequest, dry_run_report, take_request
-from megatron.training.trainer import Trainer
+from megatron.spokesman import Spokesman
+from megatron.stopping import StopSignals
 
 logger = logging.getLogger("megatron")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Train, and leave the process with one of the exit codes of ``megatron.errors``.
-
-    After an error it leaves at once: an ordinary exit would wait for threads that wait for lost
-    peers, while the peers wait for this rank.
-    """
+    """Train, and leave the process with one of the exit codes of ``megatron.errors``."""
     setup_logging(rank=0)
-    speaks_for_all = True
-    try:
-        speaks_for_all = read_environment().rank == 0
-        request, options = take_request(take_local_rank(sys.argv[1:] if argv is None else argv))
-        config = load_config(options)
-        if request is None:
-            Trainer(config).train()
-        elif speaks_for_all:
-            _count(config, request)
-    except RunError as error:
-        if speaks_for_all or not error.on_every_rank:
-            asked_for = isinstance(error, StoppedOnRequestError)
-            logger.log(logging.INFO if asked_for else logging.ERROR, "%s", error)
-        if isinstance(error, PeerError):
-            let_cause_be_seen()
+    spokesman = Spokesman.of_process()
+    arguments = sys.argv[1:] if argv is None else argv
+
+    def stop(error: StoppedOnRequestError) -> None:
+        spokesman.say(partial(_say, error))
         leave(error.exit_code)
-    except Exception:
-        # A bug, which keeps its traceback.
-        sys.excepthook(*sys.exc_info())
-        leave(RunError.exit_code)
-    sys.exit(0)
+
+    def heed_signals() -> int:
+        with StopSignals(stop) as signals:
+            _run(arguments, signals, spokesman)
+        return 0
+
+    run_program(heed_signals, _say, spokesman)
 
 
-def _count(config: Config, request: DryRunRequest) -> None:
-    found = dry_run(config)
-    sys.stdout.write(dry_run_report(found, request.memory))
-    if request.memory is not None:
-        found.check_fits(request.memory)
+def _say(error: RunError) -> None:
+    if isinstance(error, StoppedOnRequestError):
+        # Other ranks than the first are heard with errors only.
+        setup_logging(rank=0)
+        logger.info("%s", error)
+    else:
+        logger.error("%s", error)
+
+
+def _run(argv: Sequence[str], signals: StopSignals, spokesman: Spokesman) -> None:
+    first = read_environment().rank == 0
+    options = take_local_rank(argv)
+    # What takes seconds to import is imported when signals are heeded already.
+    from megatron.config import load_config
+    from megatron.training.dry_run_report import take_request
+
+    request, options = take_request(options)
+    # What --help and --print_config write is the same on all ranks.
+    with redirect_stdout(sys.stdout if first else StringIO()):
+        config = load_config(options)
+    if request is None:
+        from megatron.training.trainer import Trainer
+
+        Trainer(config).train(signals, spokesman)
+    elif first:
+        from megatron.training.dry_run import dry_run
+        from megatron.training.dry_run_report import dry_run_report
+
+        found = dry_run(config)
+        sys.stdout.write(dry_run_report(found, request.memory))
+        if request.memory is not None:
+            found.check_fits(request.memory)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,75 @@
-"""How the command-line tools end: an error of ours is one message and its exit code."""
+"""How a program ends: an error of ours is one message and its exit code.
 
+Of several ranks one speaks, whichever comes first; see ``megatron.spokesman``.
+"""
+
+import logging
+import os
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
-from megatron.errors import RunError
+from megatron.errors import PeerError, RunError
+from megatron.spokesman import Spokesman
+
+_NOTICE_SECONDS = 1.5
+"""Within which a launcher notices that a process has ended; deepspeed looks once a second."""
+_INTERRUPTED = 130
 
 
-def run_tool(main: Callable[[], int], *, rank: int = 0) -> NoReturn:
-    """Leave the process with what ``main`` returns, or with the exit code of its RunError.
+def run_program(
+    main: Callable[[], int], say: Callable[[RunError], None], spokesman: Spokesman
+) -> NoReturn:
+    """Leave the process with what ``main`` returns, or with the exit code of its error.
 
-    An error that all ranks raise is told by rank 0.
+    After an error it leaves at once: an ordinary exit would wait for threads that wait for lost
+    peers, while the peers wait for this rank.
+
+    Args:
+        say: tells the user of an error that ends the program.
     """
     try:
-        sys.exit(main())
+        exit_code = main()
     except RunError as error:
-        if not error.on_every_rank or rank == 0:
-            sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        if isinstance(error, PeerError):
+            let_cause_be_seen()
+        spokesman.say(partial(say, error))
+        leave(error.exit_code)
+    except KeyboardInterrupt:
+        spokesman.say(lambda: say(RunError("interrupted; what was not saved is lost")))
+        leave(_INTERRUPTED)
+    except Exception:
+        # A bug, which keeps its traceback.
+        spokesman.say(partial(sys.excepthook, *sys.exc_info()))
+        leave(RunError.exit_code)
+    sys.exit(exit_code)
+
+
+def run_tool(main: Callable[[], int]) -> NoReturn:
+    """Run the ``main`` of a command-line tool."""
+    run_program(main, _say_in_a_line, Spokesman.of_process())
+
+
+def _say_in_a_line(error: RunError) -> None:
+    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
+
+
+def let_cause_be_seen() -> None:
+    """Wait a moment in a rank that lost another, before it leaves.
+
+    A launcher ends all ranks when it sees the first that failed, and some give back its exit code.
+    That must be the one that failed by itself, not one that failed in consequence. And if the other
+    says why, this one has nothing to add.
+    """
+    time.sleep(_NOTICE_SECONDS)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process at once, without waiting for threads that wait for lost peers."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -6,8 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 from megatron.config import Backend, Config, nvme_options
 from megatron.engine.base import Engine
 from megatron.engine.torch_engine import TorchEngine
+from megatron.environment import RankEnvironment, export_for_deepspeed
 from megatron.errors import ConfigError
-from megatron.launch import Launch, RankEnvironment, export_for_deepspeed
+from megatron.launch import Launch
+from megatron.peers import set_timeout, watched
 
 _DEEPSPEED = "0.19"
 """The series whose inner workings megatron.engine.deepspeed knows."""
@@ -55,4 +57,10 @@ def build_engine(
     # DeepSpeed is optional, and takes seconds to import.
     from megatron.engine.deepspeed.engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(config, launch.groups, launch.device, backend)
+    seconds = config.launch.timeout
+    complaint = f"not all ranks built their engine within launch.timeout ({seconds:g} s)"
+    # DeepSpeed builds groups of its own, which have torch's timeout.
+    with watched(seconds, complaint, launch.spokesman):
+        engine = DeepSpeedEngine(config, launch.groups, launch.device, backend)
+    set_timeout(seconds)
+    return engine

@@ -15,6 +15,9 @@ from megatron.errors import ConfigError, NonFiniteError, StoppedOnRequestError
 from megatron.launch import Launch, RankEnvironment, launched, read_environment
 from megatron.log import setup_logging
 from megatron.optim.schedule import global_batch_size, learning_rate
+from megatron.peers import during
+from megatron.spokesman import Spokesman
+from megatron.stopping import NOTHING_CHANGED, StopSignals
 from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.attention_choice import choose_backend
@@ -29,7 +32,7 @@ from megatron.training.reporter import Reporter
 from megatron.training.run_folder import check_run_folder
 from megatron.training.run_lock import RunLock, held
 from megatron.training.saving import RunCheckpoints, open_newest
-from megatron.training.stopping import StopRequest
+from megatron.training.stopping import agreed
 
 
 class Trainer:
@@ -38,23 +41,32 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def train(self) -> None:
+    def train(self, signals: StopSignals | None = None, spokesman: Spokesman | None = None) -> None:
         """Train from the newest save, or from the start, to the end or ``train.stop_at_step``.
+
+        Args:
+            signals: those that the program heeds; None heeds them for as long as it trains.
+            spokesman: the one that the program ends with; None is one like it.
 
         Raises:
             StoppedOnRequestError: after saving, if a signal asked the run to stop.
             RunError: of another kind, for anything else that ends a run early.
         """
+        if signals is None:
+            with StopSignals() as own:
+                self.train(own, spokesman)
+            return
         environment = read_environment()
         setup_logging(environment.rank)
         check_engine(self.config)
-        with launched(self.config.layout, self.config.launch, environment) as launch:
+        with launched(self.config.layout, self.config.launch, environment, spokesman) as launch:
             run_on_first(lambda: check_run_folder(self.config.folder), dist.group.WORLD)
-            with (
-                held(self.config.folder) as lock,
-                closing(_Run(self.config, launch, environment, lock)) as run,
-            ):
-                run.go()
+            with held(self.config.folder) as lock:
+                with during("the start"):
+                    run = _Run(self.config, launch, environment, lock)
+                with closing(run):
+                    signals.only_note()
+                    run.go(signals)
 
 
 class _Run:
@@ -73,8 +85,7 @@ class _Run:
         world = dist.group.WORLD
         guard = _no_guard if lock is None else lock.check
         self._config = config
-        self._groups = launch.groups
-        self._stop = StopRequest()
+        self._launch = launch
         tokenizer = run_everywhere(lambda: _load_tokenizer(config), world)
         newest = open_newest(config)
         # Before the model is built: what is wrong with the data is known soon.
@@ -110,18 +121,21 @@ class _Run:
             "phases": [vars(phase) for phase in phases],
         }
         self._checkpoints = RunCheckpoints(config, launch, self._engine, tokenizer, choices, guard)
-        self._progress = self._checkpoints.resume(newest)
+        with during("the start" if newest is None else f"loading {newest.path}"):
+            self._progress = self._checkpoints.resume(newest)
         self._saved_step = self._progress.step
         bytes_per_token = run_everywhere(self._valid_data.bytes_per_token, world)
         self._reporter = run_everywhere(
             lambda: Reporter(config, launch, self._progress, guard, bytes_per_token), world
         )
 
-    def go(self) -> None:
+    def go(self, signals: StopSignals) -> None:
         """Step until the run is done, or is to stop."""
         if self._is_done():
             self._reporter.nothing_to_do(self._progress, self._is_complete())
             return
+        if self._is_to_stop(signals):
+            raise StoppedOnRequestError(NOTHING_CHANGED, on_every_rank=True)
         run_everywhere(self._reporter.start, dist.group.WORLD)
         self._checkpoints.set_damaged_aside()
         train = self._config.train
@@ -133,13 +147,18 @@ class _Run:
             if _is_due(step, self._config.checkpoint.save_interval):
                 self._save()
             elif _is_due(step, train.replica_check_interval):
-                check_replicas(self._engine, self._groups)
-            if self._stop.agreed():
+                self._check_replicas()
+            # A run that is done has nothing left to stop.
+            if not self._is_done() and self._is_to_stop(signals):
                 self._save()
                 raise StoppedOnRequestError(
                     f"stopped on request after step {step}, which is saved", on_every_rank=True
                 )
         self._save()
+
+    def _is_to_stop(self, signals: StopSignals) -> bool:
+        with self._launch.waiting(f"the end of step {self._progress.step}"):
+            return agreed(signals.received)
 
     def close(self) -> None:
         self._reporter.close()
@@ -167,7 +186,8 @@ class _Run:
             self._progress.consumed_samples, self._config.optimizer, self._config.train.samples
         )
         try:
-            result = self._engine.train_step(microbatches, lr)
+            with self._launch.waiting(f"step {self._progress.step}"):
+                result = self._engine.train_step(microbatches, lr)
         except NonFiniteError as error:
             message = f"step {self._progress.step}: {error}"
             raise NonFiniteError(message, on_every_rank=error.on_every_rank) from error
@@ -177,16 +197,22 @@ class _Run:
     def _evaluate(self) -> None:
         """The same samples each time, so that the losses of a run can be compared."""
         samples = self._config.train.eval_samples
-        loss = self._engine.evaluate(self._valid_data.read(0, samples, self._micro_batch))
+        with self._launch.waiting(f"the evaluation after step {self._progress.step}"):
+            loss = self._engine.evaluate(self._valid_data.read(0, samples, self._micro_batch))
         self._reporter.evaluation(self._progress, "valid", loss)
 
     def _save(self) -> None:
         if self._progress.step != self._saved_step:
             # What is saved goes on for ever.
-            check_replicas(self._engine, self._groups)
-            self._checkpoints.save(self._progress)
+            self._check_replicas()
+            with during(f"the save of step {self._progress.step}"):
+                self._checkpoints.save(self._progress)
             self._saved_step = self._progress.step
             self._reporter.saved(self._progress)
+
+    def _check_replicas(self) -> None:
+        with self._launch.waiting(f"the replica check after step {self._progress.step}"):
+            check_replicas(self._engine, self._launch.groups)
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -133,7 +133,9 @@ def built_groups(
     return built
 
 
-@pytest.mark.parametrize("dims", [ParallelDims(tensor=2, data=2), ParallelDims(pipeline=4)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [ParallelDims(tensor=2, data=2), ParallelDims(pipeline=4)], ids=str
+)
 def test_every_group_waits_as_long_as_it_is_told(dims: ParallelDims) -> None:
     assert run_ranks(4, timeouts, dims) == [{timedelta(seconds=7)}] * 4
 
