@@ -11,14 +11,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 preload(__name__)
 
 
+class Failing(Protocol):
+    """What goes wrong in ``rank``: it is armed there before the run begins."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def arm(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Fault:
     """A signal that ``rank`` sends itself at the end of ``step``."""
@@ -49,6 +58,16 @@ class Fault:
     step: int
     signal: signal.Signals
     rank: int = 0
+
+    def arm(self) -> None:
+        tell = Reporter.step
+
+        def tell_and_fail(self_: Reporter, progress: Progress, *args: Any) -> None:
+            tell(self_, progress, *args)
+            if progress.step == self.step:
+                os.kill(os.getpid(), self.signal)
+
+        setattr(Reporter, "step", tell_and_fail)  # noqa: B010
 
 
 @dataclass(frozen=True)
@@ -59,12 +78,14 @@ class Result:
         exit_codes: of every rank; minus the number of the signal that killed it.
         stdout, stderr: of all ranks, one after another.
         seconds: from the start to the end of the last rank.
+        ended: when that was, as ``time.monotonic`` tells it.
     """
 
     exit_codes: list[int]
     stdout: str
     stderr: str
     seconds: float
+    ended: float
 
     @property
     def exit_code(self) -> int:
@@ -85,8 +106,11 @@ def run_pretrain(
     world_size: int = 1,
     env: Mapping[str, str] | None = None,
     ranks: Sequence[int] | None = None,
-    fault: Fault | None = None,
+    fault: Failing | None = None,
     prepare: Callable[[], object] | None = None,
+    stalled: Collection[int] = (),
+    delays: Mapping[int, float] | None = None,
+    first_ends_all: bool = False,
     timeout: float = TIMEOUT,
 ) -> Result:
     """Run ``pretrain_bloom.main(argv)`` on every rank, as a launcher starts it.
@@ -97,6 +121,9 @@ def run_pretrain(
         env: variables besides those that a launcher sets, or instead of them.
         ranks: those that are started; None is all.
         prepare: called in every rank before the program, in which it may change something.
+        stalled: those that do not end by themselves, and are killed after the others.
+        delays: seconds by which a rank is slow to start.
+        first_ends_all: a rank that fails lets the launcher end all others, as torchrun's does.
     """
     launcher = _launcher_env(world_size)
     started = time.monotonic()
@@ -107,14 +134,22 @@ def run_pretrain(
             variables = {**launcher, **({"RANK": str(rank)} if launcher else {}), **(env or {})}
             processes[rank] = _CONTEXT.Process(
                 target=_run_rank,
-                args=(list(argv), folder / f"{rank}", variables, _of_rank(fault, rank), prepare),
+                args=(
+                    list(argv),
+                    folder / f"{rank}",
+                    variables,
+                    _of_rank(fault, rank),
+                    prepare,
+                    (delays or {}).get(rank, 0.0),
+                ),
             )
             processes[rank].start()
-        hung = _wait(processes, started + timeout)
+        hung = _wait(processes, started + timeout, stalled, first_ends_all)
+        ended = time.monotonic()
         stdout, stderr = (_read(folder, processes, name) for name in ("stdout", "stderr"))
         assert not hung, f"ranks {hung} hung for {timeout} s\n{stdout}{stderr}"
         exit_codes = [process.exitcode or 0 for process in processes.values()]
-    return Result(exit_codes, stdout, stderr, time.monotonic() - started)
+    return Result(exit_codes, stdout, stderr, ended - started, ended)
 
 
 def _launcher_env(world_size: int) -> dict[str, str]:
@@ -135,17 +170,26 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _of_rank(fault: Fault | None, rank: int) -> Fault | None:
+def _of_rank(fault: Failing | None, rank: int) -> Failing | None:
     return fault if fault is not None and fault.rank == rank else None
 
 
-def _wait(processes: Mapping[int, ForkServerProcess], deadline: float) -> list[int]:
+def _wait(
+    processes: Mapping[int, ForkServerProcess],
+    deadline: float,
+    stalled: Collection[int],
+    first_ends_all: bool,
+) -> list[int]:
     """Wait for all processes; kill those that are late, and return their ranks."""
-    running = {process.sentinel: rank for rank, process in processes.items()}
+    running = {process.sentinel: rank for rank, process in processes.items() if rank not in stalled}
     while running and (left := deadline - time.monotonic()) > 0:
         for sentinel in wait(list(running), left):
-            del running[sentinel]  # type: ignore[arg-type]
-    for rank in running.values():
+            rank = running.pop(sentinel)  # type: ignore[arg-type]
+            processes[rank].join()
+            if first_ends_all and processes[rank].exitcode:
+                for other in running.values():
+                    processes[other].terminate()
+    for rank in (*running.values(), *stalled):
         processes[rank].kill()
     for process in processes.values():
         process.join()
@@ -161,30 +205,21 @@ def _run_rank(
     argv: list[str],
     output: Path,
     env: Mapping[str, str],
-    fault: Fault | None,
+    fault: Failing | None,
     prepare: Callable[[], object] | None,
+    delay: float,
 ) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         with Path(f"{output}.{name}").open("wb") as file:
             os.dup2(file.fileno(), number)
     os.environ.update(env)
     torch.set_num_threads(1)
+    time.sleep(delay)
     if fault is not None:
-        _arm(fault)
+        fault.arm()
     if prepare is not None:
         prepare()
     pretrain_bloom.main(argv)
-
-
-def _arm(fault: Fault) -> None:
-    tell = Reporter.step
-
-    def tell_and_fail(self: Reporter, progress: Progress, *args: Any) -> None:
-        tell(self, progress, *args)
-        if progress.step == fault.step:
-            os.kill(os.getpid(), fault.signal)
-
-    setattr(Reporter, "step", tell_and_fail)  # noqa: B010
 
 
 def options(**values: object) -> list[str]:
