@@ -83,6 +83,7 @@ def launched(
     timeout = timedelta(seconds=config.timeout)
     with _meeting(config, environment, spokesman):
         met = meet(config.startup_timeout, environment)
+        spokesman.meet(met.run, met.is_first_to_speak if met.machines > 1 else None)
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=met.store,
@@ -93,7 +94,6 @@ def launched(
         groups = build_groups(dims, timeout)
     # The timeout before was for the start; later the store waits as long as the collectives.
     met.store.set_timeout(timeout)
-    spokesman.meet(met.run, met.is_first_to_speak if met.machines > 1 else None)
     with during():
         yield Launch(
             environment.rank, environment.world_size, device, groups, config.timeout, spokesman

@@ -43,6 +43,8 @@ class Spokesman:
         # Where nobody tells when a process was started, a mark might be of an earlier run.
         agrees = launch is not None and start_of(os.getpid()) is not None
         self._path = _path(str(launch)) if agrees else None
+        self._path_before: Path | None = None
+        self._met = 0.0
         self._claim: Claim | None = None
         self._spoken = False
 
@@ -58,8 +60,8 @@ class Spokesman:
             claim: asked on each machine before its first word; None where there is only one.
         """
         if self._path is not None:
-            self._path = _path(run)
-            self._claim = claim
+            self._path_before, self._path = self._path, _path(run)
+            self._met, self._claim = _now(), claim
 
     def say(self, speak: Callable[[], None]) -> None:
         """Call ``speak`` in one of the ranks; return once it has spoken, in whichever."""
@@ -75,10 +77,13 @@ class Spokesman:
         """Whether a rank of this machine has spoken."""
         if self._spoken or self._path is None:
             return self._spoken
-        try:
-            return _is_marked(_read(self._path))
-        except OSError:
+        return _mark(_read(self._path)) > 0 or self._has_left_before()
+
+    def _has_left_before(self) -> bool:
+        """Whether a rank spoke that had not heard yet that all have met."""
+        if self._path_before is None:
             return False
+        return 0 < _mark(_read(self._path_before)) < self._met + _PATIENCE
 
     def _say_once(self, path: Path, speak: Callable[[], None]) -> None:
         try:
@@ -88,7 +93,9 @@ class Spokesman:
             return
         try:
             # A speaker that takes too long is as good as none.
-            if not _lock(file) or not _is_marked(os.pread(file, 64, 0)):
+            locked = _lock(file)
+            told = _mark(os.pread(file, 64, 0)) > 0 or self._has_left_before()
+            if not (locked and told):
                 if self._claim is None or _within(_STORE_SECONDS, self._claim):
                     speak()
                 os.pwrite(file, f"{_now():.2f}\n".encode(), 0)
@@ -117,7 +124,10 @@ def _open(path: Path) -> int:
 
 
 def _read(path: Path) -> bytes:
-    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return b""
     try:
         return os.pread(file, 64, 0)
     finally:
@@ -152,14 +162,15 @@ def _lock(file: int) -> bool:
             return True
 
 
-def _is_marked(content: bytes) -> bool:
-    """Whether a rank has spoken since this process was started; before, it was of another run."""
+def _mark(content: bytes) -> float:
+    """When a rank spoke; 0 if none did since this process was started, but one of another run."""
     started = start_of(os.getpid())
     try:
         marked = float(content)
     except ValueError:
-        return False
-    return started is not None and marked >= started / os.sysconf("SC_CLK_TCK")
+        return 0.0
+    of_this_run = started is not None and marked >= started / os.sysconf("SC_CLK_TCK")
+    return marked if of_this_run else 0.0
 
 
 def _now() -> float:
