@@ -55,7 +55,7 @@ class DiskError(RunError):
 
 
 class NonFiniteError(RunError):
-    """A loss or gradient that is infinite or not a number."""
+    """A loss, gradient, weight or moment that is infinite or not a number."""
 
     exit_code = 6
 

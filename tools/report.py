@@ -105,6 +105,16 @@ class Run:
         return float(finite.mean()) if finite.size else np.nan
 
     @property
+    def loss_scale(self) -> Floats:
+        """That of every step, NaN where there was none: but under fp16, and in older runs."""
+        return _column([{"loss_scale": None, **step} for step in self.steps], "loss_scale")
+
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether the run has ended under fp16."""
+        return bool(np.isfinite(self.loss_scale[-1]))
+
+    @property
     def seconds(self) -> float:
         """Time spent on the steps, over all starts."""
         last_of_start = np.isin(self.column("step"), self.resumes)
@@ -164,6 +174,7 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("Duration", duration(run.seconds)),
         ("Resumes", str(len(run.resumes))),
         ("Skipped updates", f"{run.column('skipped').sum():.0f}"),
+        *([("Loss scale, last", f"{run.loss_scale[-1]:g}")] if run.has_loss_scale else []),
         ("Tokens/s, median", short_number(_median(run, "tokens_per_second"))),
         ("TFLOP/s per device, median", short_number(_median(run, "tflops_per_device"))),
         ("MFU, median", _mfu(run)),
@@ -253,6 +264,11 @@ def _draw_learning_rate(axes: Axes, run: Run) -> None:
     axes.plot(run.column("step"), run.column("learning_rate"), color=BLUE, lw=1.8, **_dot(run))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
     axes.set_ylim(bottom=0)
+    if run.has_loss_scale:
+        right = axes.twinx()
+        right.plot(run.column("step"), run.loss_scale, color=GREEN, lw=1.2, **_dot(run))
+        right.set_yscale("log", base=2)
+        right.set_ylabel("loss scale", color=GREEN)
 
 
 def _draw_grad_norm(axes: Axes, run: Run) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from megatron.checkpoint.format import StoredTensor
 from megatron.checkpoint.load import CheckpointReader
 from megatron.config import ModelConfig
-from megatron.errors import CheckpointError, ConfigError
+from megatron.errors import CheckpointError, ConfigError, NonFiniteError
 
 PREFIXES = {
     "language_model.embedding.word_embeddings.": "transformer.word_embeddings.",
@@ -121,6 +121,9 @@ def write_weights(
 
     One file after the other is in memory. The same weights give the same bytes, whatever layout
     saved them.
+
+    Raises:
+        NonFiniteError: if a weight is not finite, as saved or as rounded to ``dtype``.
     """
     weights = {
         transformers_name(name): stored
@@ -138,13 +141,22 @@ def write_weights(
         max_shard_size=max_shard_size,
     )
     for file, names in plan.filename_to_tensors.items():
-        shard = {name: reader.read("weight", weights[name].name).to(dtype) for name in names}
+        shard = {name: _read(reader, weights[name].name, dtype) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         # The library makes its files for this user alone; the umask has made the folder.
         (folder / file).chmod(folder.stat().st_mode & 0o666)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _read(reader: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+    weight = reader.read("weight", name).to(dtype)
+    if not weight.isfinite().all():
+        raise NonFiniteError(
+            f"{reader.path}: in {dtype}, the weight of {name} is not finite: no model to export"
+        )
+    return weight
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -25,11 +25,15 @@ class StepResult:
         loss: mean over all tokens of the step, in nats.
         grad_norm: L2 norm of the gradient of that mean, before clipping.
         skipped: the weights are as they were, because a gradient under fp16 overflowed.
+        loss_scale: what the loss was multiplied by; None but under fp16.
+        skipped_steps: how many steps of the run have been skipped so far, with this one.
     """
 
     loss: float
     grad_norm: float
     skipped: bool = False
+    loss_scale: float | None = None
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -190,9 +190,13 @@ class TorchEngine(Engine):
         can_scale = self._scaler is not None and not self._scaler.is_least
         if not finite and not can_scale:
             raise non_finite(result)
-        if self._scaler is not None:
-            self._scaler.update(overflow=not finite)
-        return replace(result, skipped=not finite)
+        if self._scaler is None:
+            return result
+        scale = self._scaler.scale
+        self._scaler.update(overflow=not finite)
+        return replace(
+            result, skipped=not finite, loss_scale=scale, skipped_steps=self._scaler.skipped
+        )
 
     def _state_of(self, kind: str) -> Callable[[nn.Parameter], Tensor]:
         """What gives the tensor of that kind for a main parameter."""

@@ -13,12 +13,13 @@ from megatron.checkpoint.folders import STEP_FOLDER, find_latest
 from megatron.checkpoint.format import MANIFEST, StateTensor
 from megatron.checkpoint.load import CheckpointReader
 from megatron.config import Config, ModelConfig, ParallelConfig, config_from_dict
-from megatron.errors import CheckpointError, ConfigError
+from megatron.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron.model.flops import count_parameters
 from megatron.model.init import build_model
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
 from megatron.tokenizer import Tokenizer, load_tokenizer
+from megatron.training.finite import check_finite
 from megatron.training.run_folder import check_run_folder
 from megatron.training.saving import CHECKPOINTS, TOKENIZER
 from mpu import shard_spec
@@ -97,6 +98,7 @@ def load_model(
 
     Raises:
         CheckpointError: on every rank, if the weights are not those of such a model.
+        NonFiniteError: on every rank, if one of them is not finite, as saved or as rounded.
     """
     _check_size(reader, config)
     # Of those that take cached keys, the one that never holds all scores of a long prompt.
@@ -104,7 +106,12 @@ def load_model(
     for parameter in model.parameters():
         # Reading leaves the padding of the vocabulary as it is.
         parameter.detach().zero_()
-    reader.read_weights_into(_weight_targets(model))
+    targets = _weight_targets(model)
+    reader.read_weights_into(targets)
+    try:
+        check_finite(targets, device, group=group)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{reader.path}: in {dtype}, {error}", on_every_rank=True) from error
     return model.requires_grad_(False).eval()
 
 

@@ -56,6 +56,10 @@ class StepMetrics:
     global_batch_size: int
     skipped: bool
     """The weights were not updated."""
+    loss_scale: float | None = None
+    """What the loss was multiplied by; None but under fp16."""
+    skipped_steps: int = 0
+    """Of the run so far, over all starts."""
     step_seconds: float
     tokens_per_second: float
     """Of all devices together."""
@@ -135,6 +139,7 @@ def log_line(metrics: StepMetrics, *, total_steps: int, total_samples: int) -> s
         f"loss {m.loss:.4f}",
         f"lr {m.learning_rate:.2e}",
         f"norm {m.grad_norm:.3f}" + (" (skipped updates)" if m.skipped else ""),
+        *([] if m.loss_scale is None else [f"scale {m.loss_scale:g} skipped {m.skipped_steps}"]),
         f"batch {m.global_batch_size}",
         f"{short_number(m.consumed_tokens)} tokens",
         f"{m.step_seconds:.3g} s/step {short_number(m.tokens_per_second)} tok/s",
@@ -242,6 +247,8 @@ class MetricsWriter:
                 "train/loss": metrics.loss,
                 "train/learning_rate": metrics.learning_rate,
                 "train/grad_norm": metrics.grad_norm,
+                "train/loss_scale": metrics.loss_scale,
+                "train/skipped_steps": metrics.skipped_steps,
                 "train/global_batch_size": metrics.global_batch_size,
                 "train/consumed_tokens": metrics.consumed_tokens,
                 "speed/step_seconds": metrics.step_seconds,
@@ -267,6 +274,14 @@ class MetricsWriter:
     def write_save(self, step: int) -> None:
         """Tell of a save: that there has to be one."""
         self._append({"event": "save", "step": step})
+
+    def flush(self) -> None:
+        """Let what TensorBoard was told be seen, and outlast this process.
+
+        It waits for the disk. What is not saved either need not be there after a crash.
+        """
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         """Finish the files; nothing can be written afterwards."""
@@ -301,7 +316,6 @@ class MetricsWriter:
         for tag, value in values.items():
             if value is not None:
                 self._board.add_scalar(tag, value, step)
-        self._board.flush()
 
 
 @contextmanager

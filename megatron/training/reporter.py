@@ -138,6 +138,8 @@ class Reporter:
             grad_norm=result.grad_norm,
             global_batch_size=batch_size,
             skipped=result.skipped,
+            loss_scale=result.loss_scale,
+            skipped_steps=result.skipped_steps,
             step_seconds=seconds,
             tokens_per_second=tokens_per_second,
             tflops_per_device=flops / 1e12,
@@ -155,6 +157,7 @@ class Reporter:
                     total_samples=self._config.train.samples,
                 )
             )
+            self.flush()
 
     def evaluation(self, progress: Progress, split: str, loss: float) -> None:
         """Tell of an evaluation after ``progress``."""
@@ -169,7 +172,16 @@ class Reporter:
             bits_per_byte=bits,
         )
         self._writer.write_eval(metrics)
+        self.flush()
         logger.info(eval_line(metrics))
+        if not math.isfinite(loss):
+            logger.warning(
+                "step %d: the %s loss is %s, not a finite number", progress.step, split, loss
+            )
+
+    def flush(self) -> None:
+        """Let all that was told outlast this process; before a save, which resumes from here."""
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -13,11 +13,12 @@ from megatron.checkpoint.load import CheckpointReader, open_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config import Config, config_to_dict
 from megatron.engine.base import Engine, NamedState
-from megatron.errors import CheckpointError, DiskError
+from megatron.errors import CheckpointError, DiskError, NonFiniteError
 from megatron.launch import Launch
 from megatron.together import run_on_first
 from megatron.tokenizer import Tokenizer
 from megatron.training.changes import check_changes, read_progress
+from megatron.training.finite import check_finite
 from megatron.training.metrics import METRICS_FILE
 from megatron.training.metrics_file import survey
 from megatron.training.progress import Progress
@@ -87,6 +88,7 @@ class RunCheckpoints:
 
         Raises:
             CheckpointError: if it is of another model, or cannot be read.
+            NonFiniteError: if it holds a number that is none, which versions before let pass.
         """
         if reader is None:
             logger.info("fresh start: no save in %s", self._folder)
@@ -96,9 +98,20 @@ class RunCheckpoints:
         self._engine.load_state(
             lambda state: reader.read_into(state_tensors(state)), reader.state["engine"]
         )
+        self._check_loaded(reader)
         logger.info("resumed from %s, saved at layout %s", reader.path, dict(reader.layout))
         self._resumed = progress
         return progress
+
+    def _check_loaded(self, reader: CheckpointReader) -> None:
+        state = state_tensors(self._engine.named_state())
+        try:
+            check_finite(state, self._engine.device, group=None)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{reader.path}: {error}; to go on from an older save, move this one away",
+                on_every_rank=True,
+            ) from error
 
     def set_damaged_aside(self) -> None:
         """Rename the saves that were passed over, so that their steps can be saved again.

@@ -1,5 +1,6 @@
 """The training run: build the parts, and then step, evaluate and save until it is done."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -14,6 +15,7 @@ from megatron.engine.base import Engine
 from megatron.errors import ConfigError, NonFiniteError, StoppedOnRequestError
 from megatron.launch import Launch, RankEnvironment, launched, read_environment
 from megatron.log import setup_logging
+from megatron.optim.loss_scaler import only_skips
 from megatron.optim.schedule import global_batch_size, learning_rate
 from megatron.peers import during
 from megatron.spokesman import Spokesman
@@ -26,13 +28,16 @@ from megatron.training.changes import read_progress, run_phases, saved_choices
 from megatron.training.data_identity import agree_on_data
 from megatron.training.engine_choice import build_engine, check_engine
 from megatron.training.findings import compare_findings, find_orders, read_data
+from megatron.training.finite import find_not_finite
 from megatron.training.micro_batch import EngineTrial, choose_micro_batch
 from megatron.training.replicas import check_replicas
 from megatron.training.reporter import Reporter
 from megatron.training.run_folder import check_run_folder
 from megatron.training.run_lock import RunLock, held
-from megatron.training.saving import RunCheckpoints, open_newest
+from megatron.training.saving import RunCheckpoints, open_newest, state_tensors
 from megatron.training.stopping import agreed
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -147,13 +152,19 @@ class _Run:
             if _is_due(step, self._config.checkpoint.save_interval):
                 self._save()
             elif _is_due(step, train.replica_check_interval):
-                self._check_replicas()
+                self._check_state()
             # A run that is done has nothing left to stop.
             if not self._is_done() and self._is_to_stop(signals):
                 self._save()
+                saved = "is saved" if self._saved_step == step else "needs no save"
                 raise StoppedOnRequestError(
-                    f"stopped on request after step {step}, which is saved", on_every_rank=True
+                    f"stopped on request after step {step}, which {saved}", on_every_rank=True
                 )
+        if self._only_skips():
+            raise NonFiniteError(
+                f"{self._no_update()}; train longer, or with a lower train.loss_scale.initial",
+                on_every_rank=True,
+            )
         self._save()
 
     def _is_to_stop(self, signals: StopSignals) -> bool:
@@ -189,7 +200,9 @@ class _Run:
             with self._launch.waiting(f"step {self._progress.step}"):
                 result = self._engine.train_step(microbatches, lr)
         except NonFiniteError as error:
-            message = f"step {self._progress.step}: {error}"
+            found = self._find_not_finite()
+            cause = "" if found is None else f"; before it already, {found}"
+            message = f"step {self._progress.step}: {error}{cause}"
             raise NonFiniteError(message, on_every_rank=error.on_every_rank) from error
         seconds = time.perf_counter() - started
         self._reporter.step(self._progress, result, lr, batch_size, seconds)
@@ -202,17 +215,53 @@ class _Run:
         self._reporter.evaluation(self._progress, "valid", loss)
 
     def _save(self) -> None:
-        if self._progress.step != self._saved_step:
-            # What is saved goes on for ever.
-            self._check_replicas()
-            with during(f"the save of step {self._progress.step}"):
-                self._checkpoints.save(self._progress)
-            self._saved_step = self._progress.step
-            self._reporter.saved(self._progress)
+        """Save the state, if it is not saved yet and something has been learnt on the way to it."""
+        if self._progress.step == self._saved_step:
+            return
+        if self._only_skips():
+            logger.warning("step %d is not saved: %s", self._progress.step, self._no_update())
+            return
+        # What is saved goes on for ever.
+        self._check_state()
+        self._reporter.flush()
+        with during(f"the save of step {self._progress.step}"):
+            self._checkpoints.save(self._progress)
+        self._saved_step = self._progress.step
+        self._reporter.saved(self._progress)
+
+    def _check_state(self) -> None:
+        """Look at all weights and moments: whether they are numbers, and copies equal."""
+        found = self._find_not_finite()
+        if found is not None:
+            message = f"after step {self._progress.step}, {found}; {self._newest_save()}"
+            raise NonFiniteError(message, on_every_rank=True)
+        self._check_replicas()
 
     def _check_replicas(self) -> None:
         with self._launch.waiting(f"the replica check after step {self._progress.step}"):
             check_replicas(self._engine, self._launch.groups)
+
+    def _find_not_finite(self) -> str | None:
+        state = state_tensors(self._engine.named_state())
+        with self._launch.waiting(f"the check of all numbers after step {self._progress.step}"):
+            return find_not_finite(state, self._engine.device, group=dist.group.WORLD)
+
+    def _only_skips(self) -> bool:
+        """Whether the state is not saved yet, and nothing came of the steps that led to it."""
+        is_saved = self._progress.step == self._saved_step
+        return not is_saved and only_skips(self._engine.scalars(), self._config.train.loss_scale)
+
+    def _no_update(self) -> str:
+        scale = self._engine.scalars()["loss_scale"]
+        return (
+            f"all of the last steps overflowed and were skipped, down to a loss scale of "
+            f"{scale:g}; {self._newest_save()}"
+        )
+
+    def _newest_save(self) -> str:
+        if self._saved_step == 0:
+            return "nothing is saved yet"
+        return f"the newest save is of step {self._saved_step}"
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -1,6 +1,7 @@
 """The export opens in transformers and is the checkpoint's model, or does not appear."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM
 from megatron.checkpoint.huggingface import write_weights
 from megatron.checkpoint.load import CheckpointReader
 from megatron.config import ModelConfig
-from megatron.errors import CheckpointError, ConfigError, DataError, DiskError
+from megatron.errors import CheckpointError, ConfigError, DataError, DiskError, NonFiniteError
 from megatron.tokenizer import load_tokenizer
 from tests.distributed import run_ranks
-from tests.megatron.model.sample import save_model, with_options
+from tests.megatron.model.sample import LAST_WEIGHT, save_model, with_options
 from tests.megatron.test_tokenizer import make_sentencepiece_file
 from tools import convert_checkpoint
 from tools.convert_checkpoint import main
@@ -96,6 +97,21 @@ def test_bf16_export_holds_the_rounded_weights(
     assert full.keys() == half.keys()
     assert all(torch.equal(half[name], full[name].bfloat16()) for name in full)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"), [(math.nan, "fp32"), (math.inf, "fp32"), (3.4e38, "bf16")]
+)
+def test_a_weight_that_is_not_finite_is_not_exported(
+    tmp_path: Path, number: float, dtype: str
+) -> None:
+    run_ranks(1, save_model, tmp_path / "run", MODEL, None, number)
+    with pytest.raises(
+        NonFiniteError, match=f"the weight of {LAST_WEIGHT} is not finite"
+    ) as caught:
+        convert(tmp_path / "run", tmp_path / "hf", "--dtype", dtype)
+    assert caught.value.exit_code == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_untied_head_is_exported(tmp_path: Path) -> None:

@@ -185,6 +185,20 @@ def test_a_run_without_a_finite_loss_has_a_report(tmp_path: Path) -> None:
     assert rows["Skipped updates"] == "2"
 
 
+def test_the_loss_scale_of_a_run_in_fp16_is_shown(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False, enabled=True, resume_step=0)
+    for step, scale in ((1, 2.0**30), (2, 2.0**29), (3, 2.0**29)):
+        skipped = min(step, 2)
+        metrics = replace(step_metrics(step, 0), skipped=step < 3, loss_scale=scale)
+        writer.write_step(replace(metrics, skipped_steps=skipped))
+    writer.close()
+    run = load_run(tmp_path)
+    rows = dict(summarize(run))
+    assert (rows["Loss scale, last"], rows["Skipped updates"]) == ("5.36871e+08", "2")
+    (right,) = [axes for axes in draw(run).axes if axes.get_ylabel() == "loss scale"]
+    np.testing.assert_array_equal(right.lines[0].get_ydata(), [2.0**30, 2.0**29, 2.0**29])
+
+
 def test_the_output_goes_where_it_is_wanted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 0, 3)
     main([str(folder), "--output", str(tmp_path / "a" / "b")])

@@ -141,7 +141,11 @@ class DeepSpeedEngine(Engine):
         loss = self._train(batches, lambda inputs: RngStreams(seed, inputs.samples))
         mean = self._mean_over_run(loss, len(batches))
         norm = self._gradient_norm()
-        return StepResult(mean, norm, skipped=not (math.isfinite(mean) and math.isfinite(norm)))
+        result = StepResult(mean, norm, not (math.isfinite(mean) and math.isfinite(norm)))
+        if self._scaler is None:
+            return result
+        scale, skipped = self._scaler.cur_scale, self._scaler.skipped
+        return replace(result, loss_scale=scale, skipped_steps=skipped)
 
     def _train(self, batches: list[ModelInputs], streams: Streams) -> Tensor | None:
         """Go forward and backward with all microbatches, and update; the sum of the losses."""

@@ -74,10 +74,21 @@ def with_options(**options: object) -> ModelConfig:
     return replace(SMALL, **options)  # type: ignore[arg-type]
 
 
-def save_model(folder: Path, config: ModelConfig = SMALL, tokenizer: Path | None = None) -> Path:
+LAST_WEIGHT = "language_model.transformer.final_layernorm.bias"
+
+
+def save_model(
+    folder: Path,
+    config: ModelConfig = SMALL,
+    tokenizer: Path | None = None,
+    last_number: float | None = None,
+) -> Path:
     """Save a small model, cut over all ranks, as a run with ``folder`` would; the save's path.
 
     Collective: a body for ``run_ranks``. Beside the weights there is one tensor of the optimizer.
+
+    Args:
+        last_number: what the last number of the last weight shall be.
     """
     group = dist.group.WORLD
     assert group is not None
@@ -92,6 +103,8 @@ def save_model(folder: Path, config: ModelConfig = SMALL, tokenizer: Path | None
     for name, parameter in small_model(group, config, dtype=torch.float32).named_parameters():
         spec = shard_spec(parameter)
         boxes = spec.boxes(parameter.detach(), rank, size)
+        if last_number is not None and name == LAST_WEIGHT:
+            boxes[-1].tensor[-1] = last_number
         owned = spec.dim is not None or rank == 0
         tensors.append(StateTensor("weight", name, spec.shape, boxes, owned))
     first = tensors[0]

@@ -6,7 +6,7 @@ import pytest
 
 from megatron.config import LossScaleConfig
 from megatron.errors import ConfigError
-from megatron.optim.loss_scaler import LossScaler
+from megatron.optim.loss_scaler import LossScaler, only_skips
 
 CONFIG = LossScaleConfig(initial=64.0, minimum=8.0, window=3, hysteresis=2)
 
@@ -71,6 +71,41 @@ def test_state_goes_on_where_it_was_saved(before: str) -> None:
     assert other.scale == scaler.scale
     assert scales(other, "..o.oo...") == scales(scaler, "..o.oo...")
     assert other.state() == scaler.state()
+
+
+def test_saves_that_count_no_skipped_steps_are_read() -> None:
+    scaler = LossScaler(CONFIG)
+    scales(scaler, "oo.o")
+    assert scaler.skipped == 3
+    scaler.load({"loss_scale": 32.0, "good_steps": 1, "patience": 2})
+    assert (scaler.scale, scaler.skipped) == (32.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ("", False),
+        (".", False),
+        # Nothing but skipped steps, from the first one on.
+        ("o", True),
+        ("ooo", True),
+        # What a scale that has just doubled, or a single spike, may bring about.
+        (".oooo", False),
+        ("...oooo", False),
+        (".ooooo.", False),
+        (".ooooo", True),
+        (".o.o.o.o.o.o", False),
+    ],
+)
+def test_skipping_only_is_told_from_finding_the_scale(steps: str, expected: bool) -> None:
+    scaler = LossScaler(CONFIG)
+    scales(scaler, steps)
+    scalars = {"updates": steps.count("."), **scaler.state()}
+    assert only_skips(scalars, CONFIG) is expected
+
+
+def test_without_a_scale_nothing_is_skipped() -> None:
+    assert not only_skips({"updates": 0}, CONFIG)
 
 
 @pytest.mark.parametrize("option", ["initial", "minimum", "window", "hysteresis"])

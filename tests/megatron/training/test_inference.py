@@ -1,5 +1,6 @@
 """A save becomes a model at any tensor size; one that is not what it says is refused."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,18 @@ from torch import Tensor
 
 from megatron.checkpoint.load import open_checkpoint
 from megatron.config import ModelConfig
-from megatron.errors import CheckpointError, ConfigError
+from megatron.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron.training.inference import find_checkpoint, load_model, saved_config, saved_tokenizer
 from mpu import gather_from_region
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import edit_manifest
-from tests.megatron.model.sample import SMALL, save_model, small_model, with_options
+from tests.megatron.model.sample import (
+    LAST_WEIGHT,
+    SMALL,
+    save_model,
+    small_model,
+    with_options,
+)
 from tests.megatron.test_tokenizer import make_tokenizer_file
 
 CPU = torch.device("cpu")
@@ -71,6 +78,35 @@ def test_model_that_does_not_divide_by_the_ranks_is_refused(saves: dict[int, Pat
     reader = open_checkpoint(saves[1])
     with pytest.raises(ConfigError, match=r"model.num_heads \(4\) .* parallel.tensor \(3\)"):
         saved_config(reader, tensor=3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "dtype", "is_finite"),
+    [
+        (math.nan, torch.float32, False),
+        (-math.inf, torch.float32, False),
+        (1e5, torch.float32, True),
+        # Too large as rounded.
+        (1e5, torch.float16, False),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused(
+    tmp_path: Path, size: int, number: float, dtype: torch.dtype, is_finite: bool
+) -> None:
+    path = run_ranks(size, save_model, tmp_path, SMALL, None, number)[0]
+    for message in run_ranks(size, load_not_finite, path, dtype):
+        ranks = "rank 0" if size == 1 else "ranks 0, 1"
+        found = f"{path}: in {dtype}, the weight of {LAST_WEIGHT} is not finite on {ranks}"
+        assert message == (None if is_finite else found)
+
+
+def load_not_finite(path: Path, dtype: torch.dtype) -> str | None:
+    try:
+        load([path], dtype)
+    except NonFiniteError as error:
+        return str(error)
+    return None
 
 
 def test_weights_of_another_model_are_refused(saves: dict[int, Path]) -> None:

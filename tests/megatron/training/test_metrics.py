@@ -117,6 +117,22 @@ def test_a_line_is_in_the_file_before_the_next_step(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_tensorboard_waits_for_the_disk_when_it_is_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    flushed: list[bool] = []
+    monkeypatch.setattr(tensorboard.SummaryWriter, "flush", lambda _: flushed.append(True))
+    writer = MetricsWriter(tmp_path, tensorboard=True, enabled=True, resume_step=0)
+    for step in (1, 2, 3):
+        writer.write_step(replace(STEP, step=step))
+    writer.write_eval(EVAL)
+    assert flushed == []
+    writer.flush()
+    assert flushed == [True]
+    writer.close()
+
+
 def test_a_disabled_writer_writes_nothing(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=True, enabled=False, resume_step=0)
     writer.write_start({})
@@ -285,6 +301,12 @@ def test_the_log_line_has_no_mfu_on_an_unknown_device() -> None:
 def test_the_log_line_tells_of_skipped_updates() -> None:
     line = log_line(replace(STEP, skipped=True), total_steps=10, total_samples=2560)
     assert "norm 0.500 (skipped updates)" in line
+
+
+def test_the_log_line_tells_the_loss_scale_and_how_many_steps_were_skipped() -> None:
+    metrics = replace(STEP, loss_scale=65536.0, skipped_steps=12)
+    line = log_line(metrics, total_steps=10, total_samples=2560)
+    assert "norm 0.500 | scale 65536 skipped 12 | batch" in line
 
 
 def test_log_lines_of_early_and_late_steps_align() -> None:

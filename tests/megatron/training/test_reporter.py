@@ -101,6 +101,34 @@ def test_bits_per_byte_need_the_length_of_the_text(tmp_path: Path, launch: Launc
     assert last["bits_per_byte"] == 2.0 / math.log(2) / 4
 
 
+def test_the_loss_scale_is_told(tmp_path: Path, launch: Launch) -> None:
+    config = make_config(tmp_path, data={"paths": {str(tmp_path / "text"): 1.0}})
+    config.folder.mkdir()
+    reporter = Reporter(config, launch, Progress())
+    reporter.step(Progress(1, 4), StepResult(3.5, 1.25, True, 1024.0, 3), 1e-3, 4, 0.5)
+    reporter.close()
+    told = read_metrics(config.folder / METRICS_FILE)[-1]
+    assert (told["skipped"], told["loss_scale"], told["skipped_steps"]) == (True, 1024.0, 3)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_an_evaluation_that_is_no_number_is_a_warning(
+    tmp_path: Path,
+    launch: Launch,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: float,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+    config = make_config(tmp_path, data={"paths": {str(tmp_path / "text"): 1.0}})
+    config.folder.mkdir()
+    reporter = Reporter(config, launch, Progress())
+    reporter.evaluation(Progress(2, 8), "valid", loss)
+    reporter.close()
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.getMessage() == f"step 2: the valid loss is {loss}, not a finite number"
+
+
 def test_steps_after_the_save_are_written_anew(tmp_path: Path, launch: Launch) -> None:
     report(tmp_path, launch)
     again = report(tmp_path, launch, Progress(6, 24))

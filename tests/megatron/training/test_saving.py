@@ -1,6 +1,7 @@
 """What a run saves, who saves it, and what may differ when it goes on."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from megatron.config import Config
 from megatron.engine.base import Engine, NamedState, Read, StepResult
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, NonFiniteError
 from megatron.model.inputs import ModelInputs
 from megatron.training.attention_choice import AttentionChoice, choose_backend
 from megatron.training.progress import Progress
@@ -123,6 +124,27 @@ def save_and_listen(
     logger.addHandler(handler)
     kept = save_and_resume(config, later)
     return [message for message in heard if " is now " in message], kept
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_save_that_holds_no_numbers_is_refused(tmp_path: Path, value: float) -> None:
+    """As versions before wrote it."""
+    (message,) = run_ranks(1, refuse_numbers, make_config(tmp_path), value)
+    path = tmp_path / "run" / "checkpoints" / "step-00000005"
+    assert message == (
+        f"{path}: the weight of cut is not finite on rank 0; "
+        "to go on from an older save, move this one away"
+    )
+
+
+def refuse_numbers(config: Config, value: float) -> str:
+    engine = TwoTensors(7.0)
+    engine.cut[3, 1] = value
+    checkpoints(config, engine).save(Progress(5, 20))
+    with pytest.raises(NonFiniteError) as caught:
+        checkpoints(config, TwoTensors(0.0)).resume(open_newest(config))
+    assert caught.value.on_every_rank
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
