@@ -1,24 +1,20 @@
 """Starts of one run folder at the same time: one trains, the others are refused, nothing is lost.
 
-They are on two machines, as far as the lock of the folder can tell: what it takes for the name and
-the boot of the machine is replaced in the ranks. The stated time without a sign of life, after
-which a holder on another machine is taken for dead, is short here.
+They are on two machines, as far as the lock of the folder can tell (``machines.py``).
 """
 
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megatron.training import run_lock, trainer
 from megatron.training.metrics import METRICS_FILE, read_metrics
-from megatron.training.reporter import Reporter
+from megatron.training.run_lock import LOCK_FILE
 from tests.figures import Figure
+from tests.integration.machines import PATIENCE, be_on
 from tests.integration.runs import (
     Fault,
     Result,
@@ -33,29 +29,6 @@ from tests.integration.runs import (
 STARTS = 20
 STEPS = 12
 HELD, DISK = 2, 5
-PATIENCE, BEAT, POLL = 2.0, 0.2, 0.1
-
-
-def be_on(machine: str, wait_at: int = 0, until: Path | None = None) -> None:
-    """Make this process one of ``machine``, which waits at a step ``until`` there is a file."""
-    this_process = run_lock.this_process
-
-    def me() -> run_lock.Holder:
-        return replace(this_process(), host=machine, boot=f"boot of {machine}")
-
-    lock = partial(run_lock.RunLock, patience=PATIENCE, beat=BEAT, poll=POLL)
-    setattr(run_lock, "this_process", me)  # noqa: B010
-    setattr(trainer, "held", partial(run_lock.held, make=lock))  # noqa: B010
-    if until is None:
-        return
-    tell = Reporter.step
-
-    def tell_and_wait(self: Reporter, progress: Any, *args: Any) -> None:
-        tell(self, progress, *args)
-        while progress.step == wait_at and not until.exists():
-            signal.sigtimedwait([], 0.05)
-
-    setattr(Reporter, "step", tell_and_wait)  # noqa: B010
 
 
 def argv(folder: Path, run: str) -> list[str]:
@@ -123,7 +96,7 @@ def test_one_of_twenty_starts_trains(folder: Path, figure: Figure) -> None:
         assert len(result.complaints) == 1, result.stderr
         assert f"folder {run} is held by another run: process " in result.complaints[0]
         assert " on host node" in result.complaints[0]
-    assert not (run / run_lock.LOCK_FILE).exists()
+    assert not (run / LOCK_FILE).exists()
     figure("simultaneous starts", starts=2 * STARTS, trained=2, refused=len(refused), lost_lines=0)
 
 
@@ -145,7 +118,7 @@ def test_start_is_refused_on_all_its_ranks_and_changes_nothing(folder: Path, mac
     assert second.exit_codes == [HELD, HELD]
     assert len(second.complaints) == 1
     # The holder goes on showing that it lives.
-    lock = str(run / run_lock.LOCK_FILE)
+    lock = str(run / LOCK_FILE)
     assert before.pop(lock) != after.pop(lock)
     assert before == after
     assert_same_bits(run, folder / "alone")
@@ -186,8 +159,8 @@ def test_lock_is_given_back_at_every_end(folder: Path, world_size: int) -> None:
     arguments = argv(folder, run.name)
     for fault in (Fault(2, signal.SIGTERM), Fault(5, signal.SIGINT), None):
         run_pretrain(arguments, world_size=world_size, fault=fault)
-        assert not (run / run_lock.LOCK_FILE).exists()
+        assert not (run / LOCK_FILE).exists()
     refused = run_pretrain([*arguments, "--model.num_layers", "3"], world_size=world_size)
     assert refused.exit_code == 4
-    assert not (run / run_lock.LOCK_FILE).exists()
+    assert not (run / LOCK_FILE).exists()
     assert len(values(run, "loss")) == STEPS
