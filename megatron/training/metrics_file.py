@@ -10,7 +10,8 @@ them has one.
 
 A run that goes on from step n writes the steps after n again. The lines after n, those that are
 damaged, and the one that a killed run left unfinished are moved to ``metrics-cut-0001.jsonl`` (0002
-and so on), so that every step stands once in ``metrics.jsonl`` and nothing is lost.
+and so on), so that every step stands once in ``metrics.jsonl`` and nothing is lost. A fresh start
+moves all lines.
 """
 
 import json
@@ -84,14 +85,12 @@ class Survey:
     """What a metrics file holds, seen from the step that a run goes on from.
 
     Attributes:
-        kept: lines up to that step.
         later: lines that the run will write again, and an unfinished last one.
         damaged: numbers of the lines that are damaged, from 1 on.
         missing: steps up to that step of which there is no line.
         saves: the steps that were saved.
     """
 
-    kept: int
     later: int
     damaged: list[int]
     missing: list[int]
@@ -104,7 +103,7 @@ def survey(path: Path, step: int) -> Survey:
     Raises:
         DiskError: if it cannot be read.
     """
-    kept = later = 0
+    later = 0
     damaged, saves, seen = [], [], set()
     with closing(_read_lines(path)) as lines:
         for number, (line, record) in enumerate(lines, start=1):
@@ -116,14 +115,17 @@ def survey(path: Path, step: int) -> Survey:
                 continue
             if record["event"] == "save":
                 saves.append(record["step"])
-            if record["step"] > step:
+            if not _stays(record, step):
                 later += 1
                 continue
-            kept += 1
             if record["event"] == "step":
                 seen.add(record["step"])
     missing = [number for number in range(1, step + 1) if number not in seen]
-    return Survey(kept, later, damaged, missing, saves)
+    return Survey(later, damaged, missing, saves)
+
+
+def _stays(record: Record, step: int) -> bool:
+    return 0 < step >= record["step"]
 
 
 def tell_damage(path: Path, step: int, found: Survey) -> None:
@@ -155,7 +157,7 @@ def begin_metrics(
         new, removed = files[path], files.get(cut)
         with closing(_read_lines(path)) as lines:
             for line, record in lines:
-                if record is not None and record["step"] <= step:
+                if record is not None and _stays(record, step):
                     new.write(line)
                 else:
                     assert removed is not None, "the survey has seen these lines"
@@ -167,19 +169,14 @@ def begin_metrics(
 
 
 def _tell_cut(path: Path, cut: Path, step: int, found: Survey) -> None:
-    if not found.later and not found.damaged:
+    count = found.later + len(found.damaged)
+    if count == 0:
         return
-    afresh = step == 0 and found.later > 0
-    logger.log(
-        logging.WARNING if afresh or found.damaged else logging.INFO,
-        "%s: moved %s to %s: %d after step %d%s",
-        path,
-        "all lines" if found.kept == 0 else f"{found.later + len(found.damaged)} lines",
-        cut.name,
-        found.later,
-        step,
-        f", {len(found.damaged)} damaged" if found.damaged else "",
-    )
+    why = "all, at a fresh start" if step == 0 else f"those after step {step}"
+    if found.damaged:
+        why += f", and {len(found.damaged)} damaged"
+    level = logging.WARNING if step == 0 or found.damaged else logging.INFO
+    logger.log(level, "%s: moved %d lines to %s: %s", path, count, cut.name, why)
 
 
 def _read_lines(path: Path) -> Generator[tuple[bytes, Record | None], None, None]:

@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.atomic import atomic_write, make_folder
+from megatron.atomic import atomic_write, atomic_writes, make_folder
 from megatron.errors import DiskError
 
 
@@ -151,3 +152,39 @@ def test_leftover_of_another_host_is_removed_when_it_is_old(tmp_path: Path) -> N
     with atomic_write(tmp_path / "a"):
         pass
     assert not leftover.exists()
+
+
+def test_files_that_belong_together_appear_in_order_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in "cab"]
+    appeared: list[str] = []
+    replace = Path.replace
+
+    def note(self: Path, target: Path) -> Path:
+        appeared.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", note)
+    with atomic_writes(*paths) as files:
+        for path in paths:
+            files[path].write(path.name.encode())
+        assert appeared == []
+    assert appeared == ["c", "a", "b"]
+    with pytest.raises(DiskError, match="b: cannot be written: File too large"):
+        write_too_much(paths)
+    assert [path.read_bytes() for path in paths] == [b"c", b"a", b"b"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+def write_too_much(paths: list[Path]) -> None:
+    """Fill the last of the files beyond what may be written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with atomic_writes(*paths) as files:
+            for path in paths:
+                files[path].write(b"new")
+            files[paths[-1]].write(bytes(5000))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
