@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from megatron.errors import PeerError, RunError
+from megatron.errors import LatePeerError, PeerError, RunError
 from megatron.spokesman import Spokesman
 
 _NOTICE_SECONDS = 1.5
@@ -33,7 +33,7 @@ def run_program(
     try:
         exit_code = main()
     except RunError as error:
-        if isinstance(error, PeerError):
+        if isinstance(error, PeerError) and not isinstance(error, LatePeerError):
             let_cause_be_seen()
         spokesman.say(partial(say, error))
         leave(error.exit_code)

@@ -72,6 +72,10 @@ class PeerError(RunError):
     exit_code = 8
 
 
+class LatePeerError(PeerError):
+    """Another rank did not answer in time; it has not left, as far as anybody knows."""
+
+
 class StoppedOnRequestError(RunError):
     """The run was asked to stop, and has saved its state."""
 

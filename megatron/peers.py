@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.cli import leave
-from megatron.errors import PeerError
+from megatron.errors import LatePeerError, PeerError
 from megatron.spokesman import Spokesman
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ def during(what: str | None = None) -> Iterator[None]:
             raise
         _cut_connections()
         place = "" if what is None else f" in {what}"
-        raise PeerError(
-            f"another rank was lost or did not answer{place}: {_reason(error)}"
-        ) from error
+        reason = _reason(error)
+        kind = LatePeerError if "timed out" in reason.lower() else PeerError
+        raise kind(f"another rank was lost or did not answer{place}: {reason}") from error
 
 
 def _reason(error: RuntimeError) -> str:
