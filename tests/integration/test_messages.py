@@ -49,12 +49,7 @@ def usable(case: Case) -> bool:
 
 WRONG: dict[str, Case] = {
     name: case
-    for group in (
-        wrong_configs.SIZES,
-        wrong_configs.LAYOUTS,
-        wrong_configs.VALUES,
-        wrong_configs.FILES,
-    )
+    for group in ("SIZES", "LAYOUTS", "VALUES", "FILES")
     for name, case in getattr(wrong_configs, group).items()
     if usable(case)
 }
