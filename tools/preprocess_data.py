@@ -2,16 +2,18 @@
 
     python tools/preprocess_data.py --input corpus.jsonl --tokenizer tokenizer.json --output corpus
 
-writes corpus.bin, corpus.idx and corpus.json. The main process reads the files and hands batches of
-records to the workers; it takes their tokens back in the same order, so that the output does not
-depend on the number of workers. Only a few batches are on their way at any time, so that memory
-does not grow with the corpus. A record without usable text is counted and told, and left out.
+writes corpus.bin, corpus.idx, corpus.bytes and corpus.json. The main process reads the files and
+hands batches of records to the workers; it takes their tokens back in the same order, so that the
+output does not depend on the number of workers. Only a few batches are on their way at any time, so
+that memory does not grow with the corpus. A record without usable text is counted and told, and
+left out.
 """
 
 import argparse
 import os
 import sys
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,8 +30,15 @@ from megatron.atomic import make_folder
 from megatron.cli import run_tool
 from megatron.data.corpus import SUFFIXES, BadRecordError, Record, find_files, read_records
 from megatron.data.description import Description, write_description
-from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for_vocab
+from megatron.data.indexed_dataset import (
+    IndexedDataset,
+    IndexedDatasetWriter,
+    bin_path,
+    dtype_for_vocab,
+)
+from megatron.data.text_bytes import write_text_bytes
 from megatron.errors import DataError, RunError, printable
+from megatron.hashing import hash_file
 from megatron.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 19
@@ -60,13 +69,13 @@ class EncodedBatch:
     Attributes:
         documents: those of each document, int32.
         bad: place and defect of each record that was left out.
-        utf8_bytes: length of the text.
+        utf8_bytes: length of the text of each document.
         read_bytes: length of the records.
     """
 
     documents: list[NDArray[np.int32]]
     bad: list[str]
-    utf8_bytes: int
+    utf8_bytes: list[int]
     read_bytes: int
 
 
@@ -81,12 +90,14 @@ class Totals:
     largest_token: int = 0
     bad: int = 0
     first_bad: list[str] = field(default_factory=list)
+    text_bytes: array[int] = field(default_factory=lambda: array("Q"))
 
     def count(self, batch: EncodedBatch) -> None:
         """Add one batch."""
         self.documents += len(batch.documents)
         self.tokens += sum(map(len, batch.documents))
-        self.utf8_bytes += batch.utf8_bytes
+        self.utf8_bytes += sum(batch.utf8_bytes)
+        self.text_bytes.extend(batch.utf8_bytes)
         self.read_bytes += batch.read_bytes
         largest = (int(ids.max()) for ids in batch.documents if len(ids) > 0)
         self.largest_token = max(self.largest_token, *largest, 0)
@@ -136,7 +147,7 @@ def encode_batch(encoding: Encoding, records: Sequence[Record]) -> EncodedBatch:
     return EncodedBatch(
         documents=[np.array(ids + end, np.int32) for ids in tokenizer.encode_batch(texts)],
         bad=bad,
-        utf8_bytes=sum(len(text.encode()) for text in texts),
+        utf8_bytes=[len(text.encode()) for text in texts],
         read_bytes=sum(len(record.content) for record in records),
     )
 
@@ -221,7 +232,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokenizers .json file, transformers folder or sentencepiece .model file",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="prefix of the .bin, .idx and .json files"
+        "--output",
+        type=Path,
+        required=True,
+        help="prefix of the .bin, .idx, .bytes and .json files",
     )
     parser.add_argument(
         "--append_eod",
@@ -251,21 +265,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(prefix: Path, tokenizer: Tokenizer, totals: Totals) -> Description:
-    """What PREFIX.json is to say."""
+    """What PREFIX.json is to say; writes the lengths of the texts too."""
+    dataset = IndexedDataset(prefix)
     return Description(
-        dataset=IndexedDataset(prefix).fingerprint,
+        dataset=dataset.fingerprint,
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         largest_token=totals.largest_token,
         documents=totals.documents,
         tokens=totals.tokens,
         utf8_bytes=totals.utf8_bytes,
+        content=hash_file(bin_path(prefix)),
+        text_bytes=write_text_bytes(prefix, totals.text_bytes),
     )
 
 
 def report(prefix: Path, totals: Totals) -> None:
     """Print what was written, and what was left out."""
-    print(f"wrote {prefix}.bin, {prefix}.idx and {prefix}.json")
+    print(f"wrote {prefix}.bin, {prefix}.idx, {prefix}.bytes and {prefix}.json")
     print(f"{totals.utf8_bytes / totals.tokens:.3f} bytes of text per token")
     if totals.bad > 0:
         print(f"left out {totals.bad} bad records, first of them:")

@@ -94,10 +94,22 @@ def samples_of_each(weights: Sequence[float], num_samples: int) -> list[int]:
     return [math.ceil(num_samples * weight * 1.005) for weight in weights]
 
 
-def taken_of_each(weights: Sequence[float], num_samples: int) -> list[int]:
-    """How many of its first ``num_samples`` a blend takes of each dataset."""
-    datasets, _ = blend(weights, num_samples)
-    counts: list[int] = np.bincount(datasets, minlength=len(weights)).tolist()
+def taken_of_each(
+    weights: Sequence[float],
+    num_samples: int,
+    cache: ArrayCache | None = None,
+    cache_folder: Path | None = None,
+) -> list[int]:
+    """How many of its first ``num_samples`` a blend takes of each dataset; kept like a blend."""
+    if num_samples == 0:
+        return [0] * len(weights)
+    arrays = (cache or ArrayCache()).get(
+        cache_folder,
+        f"taken-{cache_key(weights=list(weights), num_samples=num_samples)}",
+        {"taken": ArraySpec((len(weights),), np.dtype(np.int64))},
+        lambda: {"taken": np.bincount(blend(weights, num_samples)[0], minlength=len(weights))},
+    )
+    counts: list[int] = arrays["taken"].tolist()
     return counts
 
 

@@ -164,6 +164,7 @@ class RestOfSamples(StreamSamples):
         # Neighbours along the stream stay together: runs of samples, by the first of each.
         firsts = np.flatnonzero(np.diff(samples, prepend=-2) != 1)
         self._order = order
+        self.prefix = order.prefix
         self._starts = samples[firsts] * order.seq_length
         """Where the runs lie in the stream of the order."""
         self._places = firsts * order.seq_length

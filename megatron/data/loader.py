@@ -15,6 +15,7 @@ import torch
 
 from megatron.config import Config
 from megatron.data.blend import BlendedSamples, samples_of_each, split_documents, taken_of_each
+from megatron.data.cache import ArrayCache
 from megatron.data.content import Content, Findings, check_tokens
 from megatron.data.description import Description, description_path, read_description
 from megatron.data.history import Phase, SamplesFrom, continued_samples
@@ -64,25 +65,31 @@ def build_samples(
     ]
     total = sum(paths.values())
     weights = [weight / total for weight in paths.values()]
+    folder = cache_folder(config, next(iter(paths)))
+    of_each = phases_of_each(phases, weights, findings.cache, folder)
     datasets = [
         _build_dataset(config, path, split, own, tokenizer, findings)
-        for path, own in zip(paths, phases_of_each(phases, weights), strict=True)
+        for path, own in zip(paths, of_each, strict=True)
     ]
     samples = datasets[0]
     if len(datasets) > 1:
-        folder = cache_folder(config, next(iter(paths)))
         most = max(phase.num_samples for phase in phases)
         samples = BlendedSamples(datasets, weights, most, findings.cache, folder)
     return samples if first == 0 else SamplesFrom(first, samples)
 
 
-def phases_of_each(phases: Sequence[Phase], weights: Sequence[float]) -> Iterator[Sequence[Phase]]:
+def phases_of_each(
+    phases: Sequence[Phase],
+    weights: Sequence[float],
+    cache: ArrayCache | None = None,
+    folder: Path | None = None,
+) -> Iterator[Sequence[Phase]]:
     """For each dataset of a blend, what the phases of the run are of its own samples."""
     if len(weights) == 1:
         yield phases
         return
     needs = [samples_of_each(weights, phase.num_samples) for phase in phases]
-    firsts = [taken_of_each(weights, phase.first) for phase in phases]
+    firsts = [taken_of_each(weights, phase.first, cache, folder) for phase in phases]
     for dataset in range(len(weights)):
         yield [
             Phase(first[dataset], phase.seq_length, needed[dataset])

@@ -66,10 +66,12 @@ class StreamSamples(ABC):
     """Samples that are cut one after another out of a stream of tokens, and shuffled.
 
     Attributes:
+        prefix: of the dataset.
         seq_length: tokens between the beginnings of two samples.
         shuffle_index: which of the samples along the stream is the i-th to be read, ``(samples,)``.
     """
 
+    prefix: Path
     seq_length: int
     shuffle_index: NDArray[np.integer[Any]]
 
@@ -93,7 +95,7 @@ class StreamSamples(ABC):
             filled += len(part)
         if filled != len(tokens):
             raise DataError(
-                f"{piece.dataset.prefix}: sample {index} has {filled} tokens in its documents, "
+                f"{self.prefix}: sample {index} has {filled} tokens in its documents, "
                 f"expected {len(tokens)}: its order is not that of this data"
             )
         return tokens
@@ -246,6 +248,7 @@ class GPTSamples(StreamSamples):
             lambda: order.build(documents, dataset.sizes),
         )
         self._dataset = dataset
+        self.prefix = dataset.prefix
         self.seq_length = seq_length
         self._document_index = arrays["document_index"]
         self._sample_index = arrays["sample_index"]
