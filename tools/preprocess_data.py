@@ -90,7 +90,7 @@ class Totals:
     largest_token: int = 0
     bad: int = 0
     first_bad: list[str] = field(default_factory=list)
-    text_bytes: array[int] = field(default_factory=lambda: array("Q"))
+    text_bytes: "array[int]" = field(default_factory=lambda: array("Q"))
 
     def count(self, batch: EncodedBatch) -> None:
         """Add one batch."""

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron.data.content import read_content
 from megatron.data.corpus import Record
 from megatron.data.description import read_description
 from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.text_bytes import read_text_bytes
 from megatron.errors import DataError
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from tests.megatron.data import reference
@@ -63,6 +65,11 @@ def test_lines_become_documents_with_their_end(
     assert description.documents == len(TEXTS)
     assert description.tokens == sum(map(len, documents))
     assert description.utf8_bytes == sum(len(text.encode()) for text in TEXTS)
+    dataset = IndexedDataset(prefix)
+    assert description.content == read_content(dataset)[0]
+    lengths = read_text_bytes(dataset)
+    assert lengths is not None
+    assert lengths.tolist() == [len(text.encode()) for text in TEXTS]
 
 
 def test_end_of_document_and_key_are_options(tmp_path: Path, tokenizer: Tokenizer) -> None:
