@@ -106,7 +106,7 @@ def _world_size(launcher: Sequence[str]) -> int | None:
 
 def _read(path: Path, flag: str) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{flag} {path} cannot be read: {error}") from error
 

@@ -25,6 +25,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from megatron.atomic import atomic_writes
 from megatron.cli import run_tool
 from megatron.errors import DataError, DiskError
 from megatron.training.metrics import METRICS_FILE, Record, duration, read_metrics, short_number
@@ -338,7 +339,7 @@ def render_page(run: Run, picture: bytes) -> str:
     """The HTML page; everything that the run told is escaped."""
     rows = summarize(run)
     config = run.info.get("config")
-    return Template(PAGE.read_text()).substitute(
+    return Template(PAGE.read_text("utf-8")).substitute(
         name=html.escape(run.name),
         picture=base64.b64encode(picture).decode("ascii"),
         rows="\n".join(
@@ -373,11 +374,13 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            (folder / name).write_bytes(content)
     except OSError as error:
-        raise DiskError(f"{error.filename}: cannot be written: {error.strerror}") from error
-    return [folder / name for name in contents]
+        raise DiskError(f"{folder}: cannot be written: {error.strerror}") from error
+    paths = [folder / name for name in contents]
+    with atomic_writes(*paths) as files:
+        for path in paths:
+            files[path].write(contents[path.name])
+    return paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,11 +102,14 @@ class CheckpointReader:
         """Contents of one of ``files``.
 
         Raises:
-            CheckpointError: if the save holds no such file.
+            CheckpointError: if the save holds no such file, or it cannot be read.
         """
         if name not in self.files:
             raise CheckpointError(f"{self.path}: holds no file {name!r}, only {list(self.files)}")
-        return find_member(self.path, name).read_bytes()
+        try:
+            return find_member(self.path, name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name}: cannot be read: {error}") from error
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """One whole tensor, on the CPU. Not collective.

@@ -424,7 +424,7 @@ def _start_of(pid: int) -> tuple[bool, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text("utf-8", errors="replace").strip()
     except OSError:
         return ""
 

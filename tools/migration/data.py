@@ -88,7 +88,7 @@ def _groups(run: Migration, flag: str) -> list[_Group]:
         if not path.is_file():
             run.notes.add("to do", run.flags.written(named), "that file is not here")
             return []
-        texts = shlex.split(path.read_text())
+        texts = shlex.split(path.read_text("utf-8"))
     return [_group(text, run.flags.written(named)) for text in texts]
 
 
@@ -208,7 +208,7 @@ def _size_of_tokenizer(run: Migration) -> None:
 
 def _count_json(path: Path) -> int:
     try:
-        vocab = json.loads(path.read_text())
+        vocab = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--vocab-file {path} cannot be read: {error}") from error
     require(isinstance(vocab, Mapping), f"--vocab-file {path} must map tokens to numbers")
