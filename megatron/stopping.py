@@ -48,6 +48,7 @@ class StopSignals:
         self._received: int | None = None
         self._interrupts = True
         self._heard = threading.Event()
+        self._last_acts: list[Callable[[], None]] = []
 
     @property
     def received(self) -> bool:
@@ -58,6 +59,10 @@ class StopSignals:
         """From now on only note signals, for the run to look at."""
         self._interrupts = False
         self._heard.set()
+
+    def before_leaving(self, action: Callable[[], None]) -> None:
+        """Call ``action`` before a thread ends the process, which passes by every ``finally``."""
+        self._last_acts.append(action)
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is not threading.main_thread():
@@ -108,6 +113,8 @@ class StopSignals:
         with os.fdopen(reader, "rb", buffering=0) as pipe:
             while (byte := pipe.read(1)) and byte != b"\0":
                 if byte[0] in SIGNALS and not self._heard.wait(_GRACE_SECONDS):
+                    for action in self._last_acts:
+                        action()
                     self._leave(StoppedOnRequestError(NOTHING_CHANGED))
 
 

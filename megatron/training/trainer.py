@@ -67,6 +67,8 @@ class Trainer:
         with launched(self.config.layout, self.config.launch, environment, spokesman) as launch:
             run_on_first(lambda: check_run_folder(self.config.folder), dist.group.WORLD)
             with held(self.config.folder) as lock:
+                if lock is not None:
+                    signals.before_leaving(lock.release)
                 with during("the start"):
                     run = _Run(self.config, launch, environment, lock)
                 with closing(run):

@@ -5,12 +5,16 @@ They are on two machines, as far as the lock of the folder can tell (``machines.
 
 import os
 import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron.training import trainer
 from megatron.training.metrics import METRICS_FILE, read_metrics
 from megatron.training.run_lock import LOCK_FILE
 from tests.figures import Figure
@@ -28,7 +32,7 @@ from tests.integration.runs import (
 
 STARTS = 20
 STEPS = 12
-HELD, DISK = 2, 5
+HELD, DISK, STOPPED = 2, 5, 10
 
 
 def argv(folder: Path, run: str) -> list[str]:
@@ -164,3 +168,24 @@ def test_lock_is_given_back_at_every_end(folder: Path, world_size: int) -> None:
     assert refused.exit_code == 4
     assert not (run / LOCK_FILE).exists()
     assert len(values(run, "loss")) == STEPS
+
+
+def stop_in_the_start() -> None:
+    """Let rank 0 be asked to stop while it waits, inside torch, for the data of rank 1."""
+    if os.environ["RANK"] == "0":
+        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return
+    read = trainer.read_data
+
+    def read_slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(6.0)
+        return read(*args, **options)
+
+    setattr(trainer, "read_data", read_slowly)  # noqa: B010
+
+
+def test_lock_is_given_back_by_a_start_that_is_stopped_inside_torch(folder: Path) -> None:
+    run = folder / "stopped in the start"
+    result = run_pretrain(argv(folder, run.name), world_size=2, prepare=stop_in_the_start)
+    assert result.exit_codes[0] == STOPPED, result.stderr
+    assert not run.exists()
