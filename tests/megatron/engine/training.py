@@ -144,13 +144,13 @@ def microbatches(config: Config, step: int, groups: ParallelGroups) -> list[Mode
 
 
 def _inputs(config: Config, samples: range) -> ModelInputs:
-    tokens = torch.stack([_sample(number) for number in samples])
+    tokens = torch.stack([make_sample(number) for number in samples])
     numbers = torch.tensor(list(samples))
     dtype = torch.promote_types(config.train.torch_dtype, torch.float32)
     return build_inputs(tokens, numbers, config.data, EOD, dtype)
 
 
-def _sample(number: int) -> torch.Tensor:
+def make_sample(number: int) -> torch.Tensor:
     """Random tokens, of which a share that depends on the sample, none to all, count not."""
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(EOD + 1, VOCAB, (SEQ + 1,), generator=generator)
