@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from megatron.errors import LatePeerError, PeerError, RunError
+from megatron.errors import ConfigError, LatePeerError, PeerError, RunError
 from megatron.spokesman import Spokesman
 
 _NOTICE_SECONDS = 1.5
@@ -20,7 +21,10 @@ _INTERRUPTED = 130
 
 
 def run_program(
-    main: Callable[[], int], say: Callable[[RunError], None], spokesman: Spokesman
+    main: Callable[[], int],
+    say: Callable[[RunError], None],
+    spokesman: Spokesman,
+    end: Callable[[int], NoReturn] | None = None,
 ) -> NoReturn:
     """Leave the process with what ``main`` returns, or with the exit code of its error.
 
@@ -29,27 +33,44 @@ def run_program(
 
     Args:
         say: tells the user of an error that ends the program.
+        end: how the process leaves after an error; None is ``leave``.
     """
+    end = end or leave
     try:
         exit_code = main()
     except RunError as error:
         if isinstance(error, PeerError) and not isinstance(error, LatePeerError):
             let_cause_be_seen()
         spokesman.say(partial(say, error))
-        leave(error.exit_code)
+        end(error.exit_code)
     except KeyboardInterrupt:
         spokesman.say(lambda: say(RunError("interrupted; what was not saved is lost")))
-        leave(_INTERRUPTED)
+        end(_INTERRUPTED)
     except Exception:
         # A bug, which keeps its traceback.
         spokesman.say(partial(sys.excepthook, *sys.exc_info()))
-        leave(RunError.exit_code)
+        end(RunError.exit_code)
     sys.exit(exit_code)
 
 
 def run_tool(main: Callable[[], int]) -> NoReturn:
-    """Run the ``main`` of a command-line tool."""
-    run_program(main, _say_in_a_line, Spokesman.of_process())
+    """Run the ``main`` of a command-line tool.
+
+    One that is alone leaves in the ordinary way, in which its own processes are ended too.
+    """
+    spokesman = Spokesman.of_process()
+    run_program(main, _say_in_a_line, spokesman, sys.exit if spokesman.is_alone else leave)
+
+
+class RanksParser(ArgumentParser):
+    """The command line of a tool that runs on several ranks, which say the same of it once."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments, as any other option."""
+        raise ConfigError(f"{message}; --help tells more")
+
+    def print_help(self, file: Any = None) -> None:
+        Spokesman.of_process().say(partial(super().print_help, file))
 
 
 def _say_in_a_line(error: RunError) -> None:

@@ -37,9 +37,13 @@ class Spokesman:
 
     Args:
         launch: what the ranks of this launch have in common; None for a process that is alone.
+
+    Attributes:
+        is_alone: the process has no other ranks.
     """
 
     def __init__(self, launch: str | None) -> None:
+        self.is_alone = launch is None
         # Where nobody tells when a process was started, a mark might be of an earlier run.
         agrees = launch is not None and start_of(os.getpid()) is not None
         self._path = _path(str(launch)) if agrees else None

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.checkpoint.load import open_checkpoint
-from megatron.cli import run_tool
+from megatron.cli import RanksParser, run_tool
 from megatron.config import LaunchConfig
 from megatron.errors import DataError
 from megatron.launch import Launch, launched, read_environment
@@ -79,7 +79,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Continue texts with a checkpoint.")
+    parser = RanksParser(description="Continue texts with a checkpoint.")
     parser.add_argument(
         "--checkpoint",
         type=Path,

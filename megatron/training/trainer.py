@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import torch.distributed as dist
 
@@ -64,16 +64,19 @@ class Trainer:
         environment = read_environment()
         setup_logging(environment.rank)
         check_engine(self.config)
-        with launched(self.config.layout, self.config.launch, environment, spokesman) as launch:
-            run_on_first(lambda: check_run_folder(self.config.folder), dist.group.WORLD)
-            with held(self.config.folder) as lock:
+        folder = self.config.folder
+        with (
+            launched(self.config.layout, self.config.launch, environment, spokesman) as launch,
+            ExitStack() as parts,
+        ):
+            with during("the start"):
+                run_on_first(lambda: check_run_folder(folder), dist.group.WORLD)
+                lock = parts.enter_context(held(folder))
                 if lock is not None:
                     signals.before_leaving(lock.release)
-                with during("the start"):
-                    run = _Run(self.config, launch, environment, lock)
-                with closing(run):
-                    signals.only_note()
-                    run.go(signals)
+                run = parts.enter_context(closing(_Run(self.config, launch, environment, lock)))
+            signals.only_note()
+            run.go(signals)
 
 
 class _Run:
@@ -143,8 +146,9 @@ class _Run:
             return
         if self._is_to_stop(signals):
             raise StoppedOnRequestError(NOTHING_CHANGED, on_every_rank=True)
-        run_everywhere(self._reporter.start, dist.group.WORLD)
-        self._checkpoints.set_damaged_aside()
+        with during("the start"):
+            run_everywhere(self._reporter.start, dist.group.WORLD)
+            self._checkpoints.set_damaged_aside()
         train = self._config.train
         while not self._is_done():
             self._step()
