@@ -109,10 +109,13 @@ def _go(run: Run, groups: ParallelGroups, device: torch.device, watch: Watch, fo
         save_and_load(engine, folder)
 
 
-def read(config: Config, groups: ParallelGroups, device: torch.device) -> Iterator[ModelInputs]:
+def read(
+    config: Config, groups: ParallelGroups, device: torch.device, step: int = 0
+) -> Iterator[ModelInputs]:
     """The microbatches of this rank, from the first tensor rank to the device as in a run."""
     data, size = groups.data, config.train.least_micro_batch_size
-    for part in microbatch_samples(0, GLOBAL_BATCH, size, data.rank(), data.size()):
+    first = step * GLOBAL_BATCH
+    for part in microbatch_samples(first, GLOBAL_BATCH, size, data.rank(), data.size()):
         batch = None
         if groups.tensor.rank() == 0:
             tokens = torch.stack([make_sample(number) for number in part])
@@ -122,7 +125,8 @@ def read(config: Config, groups: ParallelGroups, device: torch.device) -> Iterat
         yield build_inputs(got["tokens"], got["samples"], config.data, EOD, dtype)
 
 
-def save_and_load(engine: TorchEngine, folder: Path) -> None:
+def save_and_load(engine: TorchEngine, folder: Path, other: TorchEngine | None = None) -> None:
+    """Save the engine, and load that into the other one, or itself."""
     path = save_checkpoint(
         folder,
         1,
@@ -135,6 +139,6 @@ def save_and_load(engine: TorchEngine, folder: Path) -> None:
         keep_last=0,
     )
     reader = open_checkpoint(path, group=dist.group.WORLD)
-    engine.load_state(
-        lambda state: reader.read_into(state_tensors(state)), {"updates": 1, **engine.scalars()}
+    (other or engine).load_state(
+        lambda state: reader.read_into(state_tensors(state)), engine.scalars()
     )
