@@ -79,7 +79,10 @@ class ShardedParameters(Parameters):
         for model in models:
             model.to(main_dtype)
         for module in (*units, *models):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+            unit = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+            # A sum, as the other keeper has it: FSDP's mean would round once more.
+            unit.set_force_sum_reduction_for_comms(True)
+            unit.set_gradient_divide_factor(1.0)
         for model in models:
             model.to_empty(device=device)
         self._entries = [
@@ -124,10 +127,9 @@ class ShardedParameters(Parameters):
             entry.model.grad = None
 
     def reduce_gradients(self) -> None:
-        """FSDP has summed over the data ranks, and divided by their number, which is undone."""
-        size = self._groups.data.size()
+        """FSDP has summed over the data ranks already."""
         for entry in self._entries:
-            entry.main.grad = _local_gradient(entry).mul_(size)
+            entry.main.grad = _local_gradient(entry)
         for entries, group in (
             ([e for e in self._entries if e.spec.sum_gradient], self._groups.tensor),
             ([e for e in self._entries if e.spec.tied], self._groups.embedding),

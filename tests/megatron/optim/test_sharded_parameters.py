@@ -19,6 +19,7 @@ from tests.megatron.optim.keeping import (
     num_elements,
     specs,
 )
+from tests.shards import region
 
 GRIDS = [
     ParallelDims(),
@@ -121,3 +122,34 @@ def check_missing_gradients() -> None:
     assert parameters.gradient_norm() == 0
     assert all(isinstance(parameter, DTensor) for parameter in stage.parameters())
     assert all(main.grad is not None for group in parameters.main() for main in group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [3, pytest.param(6, marks=pytest.mark.nightly), 7])
+def test_the_sum_over_data_ranks_is_not_rounded_by_their_number(
+    size: int, dtype: torch.dtype
+) -> None:
+    """Where one rank alone has a gradient, it is the sum, to the last bit."""
+    run_ranks(size, check_sum, dtype)
+
+
+def check_sum(dtype: torch.dtype) -> None:
+    groups = build_groups(ParallelDims(data=torch.distributed.get_world_size()))
+    stage = Stage(groups, dtype)
+    parameters = stage_2(stage, groups)
+    generator = torch.Generator().manual_seed(0)
+    wanted = {
+        name: torch.randn(spec.local_shape(1), generator=generator, dtype=dtype)
+        for name, spec in specs(1).items()
+    }
+    mine = 1.0 if groups.data.rank() == 1 else 0.0
+    stage({name: gradient * mine for name, gradient in wanted.items()}).backward()
+    parameters.reduce_gradients()
+    for held in parameters.held(gradient_of):
+        for box in held.boxes:
+            assert torch.equal(box.tensor, wanted[held.name][region(box)]), held.name
+
+
+def gradient_of(main: torch.nn.Parameter) -> torch.Tensor:
+    assert main.grad is not None
+    return main.grad
