@@ -185,9 +185,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=precise, device=hidden.device)
-        with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if with_grad else None
+        of_hidden, of_weight, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if of_weight else None
         # Where products are computed in float32, the weight is converted once for all chunks.
         factor = weight.float() if computes_in_float32(hidden) else weight
         # All chunks use the same memory: on a CPU, new pages cost as much time as a product.
@@ -204,24 +204,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             weights = token_weights[part]
             total += (loss * weights).sum()
-            if grad_hidden is not None and grad_weight is not None:
+            if of_hidden or of_weight:
                 precise_logits.mul_((to_probabilities * weights).unsqueeze(-1))
                 target.subtract_from(precise_logits, weights)
                 grad_logits = logits.copy_(precise_logits)
-                grad_hidden[part] = grad_logits @ factor
-                add_product(grad_weight, grad_logits, states)
-        if grad_hidden is not None and grad_weight is not None:
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad_logits @ factor
+                if grad_weight is not None:
+                    add_product(grad_weight, grad_logits, states)
+        if of_hidden or of_weight:
             ctx.save_for_backward(grad_hidden, grad_weight, weight)
         return total
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         grad_hidden, grad_weight, weight = ctx.saved_tensors
         # In place: a copy of the weight gradient of a large vocabulary would cost as much memory
         # as the chunks save. The price is that this can run only once.
-        grad_hidden.mul_(grad)
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad)
+        if grad_weight is None:
+            return grad_hidden, None, None, None, None, None, None
         buffer = main_grad(weight)
         if buffer is None:
             grad_weight = grad_weight.mul_(grad).to(weight.dtype)

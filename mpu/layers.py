@@ -246,7 +246,7 @@ class _Linear(torch.autograd.Function):
         if group is not None and sequence_parallel:
             x = all_gather(x, group, SEQUENCE_DIM)
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.group, ctx.sequence_parallel = bias is not None, group, sequence_parallel
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
         ctx.products, ctx.main_grad = products, main_grad(weight)
         return products.output(x, weight, bias)
 
@@ -262,8 +262,12 @@ class _Linear(torch.autograd.Function):
             pending = start_reduce_scatter(partial, ctx.group, SEQUENCE_DIM)
         elif ctx.group is not None:
             pending = start_all_reduce(partial, ctx.group)
-        grad_weight = ctx.products.weight_gradient(prepared, x, ctx.main_grad)
-        grad_bias = bias_gradient(grad) if ctx.has_bias else None
+        # A frozen parameter needs none.
+        _, has_weight, has_bias, *_ = ctx.needs_input_grad
+        grad_weight = None
+        if has_weight:
+            grad_weight = ctx.products.weight_gradient(prepared, x, ctx.main_grad)
+        grad_bias = bias_gradient(grad) if has_bias else None
         return pending.wait(), grad_weight, grad_bias, None, None, None
 
 

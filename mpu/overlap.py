@@ -69,7 +69,7 @@ class _GatherLinear(torch.autograd.Function):
     ) -> Tensor:
         gathered, y = _gather_product(x, weight.t(), group)
         ctx.save_for_backward(gathered, weight)
-        ctx.has_bias, ctx.group = bias is not None, group
+        ctx.group = group
         ctx.products, ctx.main_grad = products, main_grad(weight)
         return y if bias is None else y.add_(bias)
 
@@ -78,7 +78,7 @@ class _GatherLinear(torch.autograd.Function):
         gathered, weight = ctx.saved_tensors
         grad_x = _product_reduce_scatter(grad, weight, ctx.group)
         grad_weight = _weight_gradient(ctx, grad, gathered)
-        grad_bias = bias_gradient(grad) if ctx.has_bias else None
+        grad_bias = bias_gradient(grad) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -100,6 +100,9 @@ class _LinearReduceScatter(torch.autograd.Function):
 
 
 def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
+    """None where it is added in place, or the weight is frozen."""
+    if not ctx.needs_input_grad[1]:
+        return None
     gradient: Tensor | None = ctx.products.weight_gradient(
         ctx.products.prepare(grad), x, ctx.main_grad
     )

@@ -20,10 +20,12 @@ logical position, and that stay zero.
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,13 @@ class ShardedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._keep_specs()
         return self.__dict__.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Groups are of the process: a copy, as for an average of weights, exchanges over the same.
+        memo |= {id(it): it for it in vars(self).values() if isinstance(it, ProcessGroup)}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -78,6 +78,50 @@ def check_in_place(recompute: bool) -> None:
         torch.testing.assert_close(buffers[name] - 1, want[name], rtol=1e-12, atol=1e-14)
 
 
+FROZEN = [
+    ("embedding",),
+    ("up.weight", "down.bias"),
+    ("up", "down"),
+    ("embedding", "up.weight", "down"),
+]
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids="+".join)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_parameters_get_no_gradient_and_cost_no_product(
+    frozen: tuple[str, ...], recompute: bool
+) -> None:
+    run_ranks(2, check_frozen, frozen, recompute)
+
+
+def check_frozen(frozen: tuple[str, ...], recompute: bool) -> None:
+    tokens = torch.tensor([[3, 0, 20, 3], [7, 7, 1, 19]])
+    network = Network(torch.float64, recompute=recompute)
+    network(tokens).backward()
+    want = {name: parameter.grad for name, parameter in network.named_parameters()}
+    network.zero_grad()
+    buffers = {}
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+        buffers[name] = torch.zeros_like(parameter)
+        set_main_grad(parameter, buffers[name])
+    products = 0
+
+    def count(*args: object) -> None:
+        nonlocal products
+        products += 1
+        add_product(*args)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mpu.products, "add_product", count)
+        network(tokens).backward()
+    assert products == sum(not f"{name}.weight".startswith(frozen) for name in ("up", "down"))
+    for name, parameter in network.named_parameters():
+        got = buffers[name] if parameter.grad is None else parameter.grad
+        expected = want[name] if parameter.requires_grad else torch.zeros_like(parameter)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14, msg=name)
+
+
 @pytest.mark.parametrize("most_bytes", [mpu.products._WEIGHT_BYTES, 4 * 5 * 4, 1])
 def test_in_place_sums_are_of_the_buffers_precision(
     most_bytes: int, monkeypatch: pytest.MonkeyPatch

@@ -196,6 +196,26 @@ def test_copies_keep_their_specs(copied: Callable[[Sharded], Sharded]) -> None:
     assert shard_spec(copied(Sharded()).weight) == ShardSpec(shape=(4, 3), dim=0)
 
 
+def test_copied_layers_compute_over_the_same_group() -> None:
+    run_ranks(2, check_copies)
+
+
+def check_copies() -> None:
+    group = build_groups(ParallelDims(tensor=2)).tensor
+    x = torch.randn(2, 4, 4)
+    for make in (column_layer, row_layer, embedding):
+        layer = make(group)
+        copied = copy.deepcopy(layer)
+        assert copied.group is group
+        inputs = torch.arange(6).view(2, 3) if make is embedding else x
+        if make is row_layer:
+            inputs = x[..., :2]
+        assert torch.equal(copied(inputs), layer(inputs))
+        for ours, theirs in zip(layer.parameters(), copied.parameters(), strict=True):
+            assert shard_spec(theirs) == shard_spec(ours)
+            assert ours.data_ptr() != theirs.data_ptr()
+
+
 def test_a_parametrized_weight_keeps_its_spec_or_is_an_error() -> None:
     module = Sharded()
     parametrize.register_parametrization(module, "weight", nn.Identity())
