@@ -23,15 +23,28 @@ import torch
 
 from megatron.config import ModelConfig
 
-# Dense bf16 FLOP/s of the data sheets, by the name that CUDA reports; the first match counts.
+# Dense FLOP/s of tensor cores by NVIDIA's data sheets of each product, half of what they give with
+# sparsity. By the name that CUDA reports; the first match counts. A800 and H800 are A100 and H100
+# with slower links. Of GB200 and GB300 it is that of one GPU, 1/72 of an NVL72.
 _PEAK_BF16 = (
-    (r"A100", 312e12),
-    (r"H100 PCIe", 756.5e12),
+    (r"A[18]00", 312e12),
+    (r"H[18]00 PCIe", 756.5e12),
     (r"H(100|200) NVL", 835.5e12),
-    (r"(H100|H200|GH200)", 989.5e12),
-    (r"B200", 2250e12),
+    (r"(H[18]00|H200|GH200)", 989.5e12),
+    (r"B[23]00", 2250e12),
+    (r"GB[23]00", 2500e12),
     (r"L40S", 362e12),
 )
+
+# As much in fp16, and there alone on devices that do not multiply bf16.
+_PEAK_FP16 = (
+    *_PEAK_BF16,
+    (r"V100-PCIE", 112e12),
+    (r"V100S", 130e12),
+    (r"V100", 125e12),
+)
+
+_PEAKS = {torch.bfloat16: _PEAK_BF16, torch.float16: _PEAK_FP16}
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -70,9 +83,9 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
         device_name: as ``torch.cuda.get_device_name`` gives it.
     """
     # A slice of a device has the name of the whole.
-    if dtype != torch.bfloat16 or "MIG" in device_name:
+    if "MIG" in device_name:
         return None
-    for pattern, peak in _PEAK_BF16:
+    for pattern, peak in _PEAKS.get(dtype, ()):
         if re.search(rf"\b{pattern}\b", device_name):
             return peak
     return None

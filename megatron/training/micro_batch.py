@@ -38,6 +38,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.config import Config
 from megatron.engine.base import Engine
+from megatron.engine.schedules import ideal_idle_share
 from megatron.launch import Launch
 from megatron.together import run_together
 from megatron.training.attention_choice import Timer, time_on_gpu
@@ -165,10 +166,16 @@ class EngineTrial:
         peak = peak_bytes(self._device)
         forget_peak(self._device)
         in_step = self._config.train.global_batch_size // self._data_size // size
-        # The ranks of a pipeline are idle for the time of so many microbatches.
-        idle = (self._config.parallel.pipeline - 1) / self._config.parallel.chunks
-        in_step_milliseconds = milliseconds * (in_step + idle) / (in_trial + idle)
-        return Cost(in_step_milliseconds / (in_step * size), self._held, peak, self._room)
+        growth = _time(self._config, in_step) / _time(self._config, in_trial)
+        return Cost(milliseconds * growth / (in_step * size), self._held, peak, self._room)
+
+
+def _time(config: Config, microbatches: int) -> float:
+    """Of a step, in that of one microbatch: with what the ranks of a pipeline are idle."""
+    parallel = config.parallel
+    return microbatches / (
+        1 - ideal_idle_share(parallel.schedule, parallel.pipeline, parallel.chunks, microbatches)
+    )
 
 
 def _samples_in_trial(config: Config, data_size: int, size: int) -> int:

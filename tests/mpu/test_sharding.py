@@ -203,13 +203,14 @@ def test_copied_layers_compute_over_the_same_group() -> None:
 def check_copies() -> None:
     group = build_groups(ParallelDims(tensor=2)).tensor
     x = torch.randn(2, 4, 4)
-    for make in (column_layer, row_layer, embedding):
-        layer = make(group)
+    layers: list[tuple[nn.Module, torch.Tensor]] = [
+        (ColumnParallelLinear(4, 8, num_blocks=2, group=group), x),
+        (row_layer(group), x[..., :2]),
+        (embedding(group), torch.arange(6).view(2, 3)),
+    ]
+    for layer, inputs in layers:
         copied = copy.deepcopy(layer)
         assert copied.group is group
-        inputs = torch.arange(6).view(2, 3) if make is embedding else x
-        if make is row_layer:
-            inputs = x[..., :2]
         assert torch.equal(copied(inputs), layer(inputs))
         for ours, theirs in zip(layer.parameters(), copied.parameters(), strict=True):
             assert shard_spec(theirs) == shard_spec(ours)

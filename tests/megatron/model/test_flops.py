@@ -135,6 +135,11 @@ def test_causal_attention_counts_half_of_the_scores() -> None:
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA A100-PCIE-40GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA A800-SXM4-80GB", 312e12),
+        ("NVIDIA H800", 989.5e12),
+        ("NVIDIA H800 PCIe", 756.5e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA B300 SXM6 AC", 2250e12),
         ("NVIDIA H100 PCIe", 756.5e12),
         ("NVIDIA H100 NVL", 835.5e12),
         ("NVIDIA H200", 989.5e12),
@@ -145,6 +150,20 @@ def test_causal_attention_counts_half_of_the_scores() -> None:
 )
 def test_known_devices_have_a_peak(name: str, peak: float) -> None:
     assert peak_flops(name, torch.bfloat16) == peak
+    assert peak_flops(name, torch.float16) == peak
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
+        ("Tesla V100S-PCIE-32GB", 130e12),
+    ],
+)
+def test_devices_without_bf16_have_a_peak_in_fp16(name: str, peak: float) -> None:
+    assert peak_flops(name, torch.float16) == peak
+    assert peak_flops(name, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("name", ["cpu", "NVIDIA A1000", "Tesla T4", "NVIDIA H200 MIG 1g.18gb", ""])
@@ -153,5 +172,5 @@ def test_unknown_devices_have_no_peak(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_peak_is_that_of_bf16_only(dtype: torch.dtype) -> None:
+def test_the_peak_is_that_of_16_bits_only(dtype: torch.dtype) -> None:
     assert peak_flops("NVIDIA H200", dtype) is None

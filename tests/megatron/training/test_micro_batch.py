@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ScheduleName,
+    TrainConfig,
+)
 from megatron.engine.base import Engine
 from megatron.engine.torch_engine import TorchEngine
 from megatron.launch import Launch
@@ -238,6 +245,22 @@ def test_a_pipeline_is_tried_full_and_its_idle_time_is_that_of_a_step(
     trial, engine = make_trial(config, ParallelDims(data=2, pipeline=2), lambda action: 9.0)
     assert trial(size).milliseconds == pytest.approx(milliseconds, rel=1e-12)
     assert [len(samples) for samples in engine.given[0]] == [size] * given
+
+
+@pytest.mark.parametrize(
+    ("schedule", "idle"),
+    # On each of two data ranks twelve microbatches, over two ranks: a trial of two, and a step of
+    # twelve, take the time of one more, or of a third of one.
+    [("1f1b", 1.0), ("zero_bubble", 1 / 3)],
+)
+def test_idle_time_is_that_of_the_schedule(
+    config: Config, schedule: ScheduleName, idle: float
+) -> None:
+    parallel = ParallelConfig(pipeline=2, schedule=schedule)
+    config = replace(config, parallel=parallel)
+    trial, _ = make_trial(config, ParallelDims(data=2, pipeline=2), lambda action: 9.0)
+    want = 9.0 * (12 + idle) / (2 + idle) / 12
+    assert trial(1).milliseconds == pytest.approx(want, rel=1e-12)
 
 
 def test_fewer_microbatches_hold_fewer_samples(tmp_path: Path) -> None:
