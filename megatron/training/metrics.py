@@ -217,7 +217,8 @@ class MetricsWriter:
             raise DiskError(f"{self._path}: cannot be written: No such file or directory")
         if self._board_folder is not None:
             _check_tensorboard(self._board_folder)
-        tell_damage(self._path, resume_step, survey(self._path, resume_step))
+        self._found = survey(self._path, resume_step)
+        tell_damage(self._found)
 
     def write_start(
         self, info: Mapping[str, Any], beside: Mapping[Path, bytes] | None = None
@@ -234,7 +235,7 @@ class MetricsWriter:
         self._guard()
         time = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"event": "start", "step": self._resume_step, "time": time, **info}
-        begin_metrics(self._path, self._resume_step, record, beside or {})
+        begin_metrics(self._found, record, beside or {})
         self._open()
 
     def write_step(self, metrics: StepMetrics) -> None:

@@ -20,8 +20,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -82,67 +81,69 @@ def _strict(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a metrics file holds, seen from the step that a run goes on from.
+    """What the metrics ``path`` hold for a run that goes on from ``step``.
 
     Attributes:
-        later: lines that the run will write again, and an unfinished last one.
-        damaged: numbers of the lines that are damaged, from 1 on.
-        missing: steps up to that step of which there is no line.
-        saves: the steps that were saved.
+        later: numbers, from 1 on, of the lines that the run will write again, and of an unfinished
+            last one.
+        damaged: those of the lines that are damaged.
+        missing: steps up to ``step`` of which there is no line.
     """
 
-    later: int
+    path: Path
+    step: int
+    later: frozenset[int]
     damaged: list[int]
     missing: list[int]
-    saves: list[int]
 
 
 def survey(path: Path, step: int) -> Survey:
-    """What the file ``path`` holds for a run that goes on from ``step``; it need not exist.
+    """What ``path``, which need not exist, holds for a run that goes on from ``step``.
 
     Raises:
         DiskError: if it cannot be read.
     """
-    later = 0
-    damaged, saves, seen = [], [], set()
-    with closing(_read_lines(path)) as lines:
-        for number, (line, record) in enumerate(lines, start=1):
-            if record is None:
-                if line.endswith(b"\n"):
-                    damaged.append(number)
-                else:
-                    later += 1
-                continue
-            if record["event"] == "save":
-                saves.append(record["step"])
-            if not _stays(record, step):
-                later += 1
-                continue
-            if record["event"] == "step":
-                seen.add(record["step"])
+    later, damaged, seen = [], [], set()
+    for number, (line, record) in enumerate(decode_lines(_read_lines(path)), start=1):
+        if record is None and line.endswith(b"\n"):
+            damaged.append(number)
+        elif record is None or not 0 < step >= record["step"]:
+            later.append(number)
+        elif record["event"] == "step":
+            seen.add(record["step"])
     missing = [number for number in range(1, step + 1) if number not in seen]
-    return Survey(later, damaged, missing, saves)
+    return Survey(path, step, frozenset(later), damaged, missing)
 
 
-def _stays(record: Record, step: int) -> bool:
-    return 0 < step >= record["step"]
+def last_save(path: Path) -> int:
+    """The last step that the metrics ``path`` tell to be saved; 0 if they tell of none.
+
+    Raises:
+        DiskError: if they cannot be read.
+    """
+    told = (line for line in _read_lines(path) if b'"event": "save"' in line)
+    records = (record for _, record in decode_lines(told) if record is not None)
+    return max((record["step"] for record in records if record["event"] == "save"), default=0)
 
 
-def tell_damage(path: Path, step: int, found: Survey) -> None:
-    """Warn of what the survey of ``path`` for a run at ``step`` misses."""
+def tell_damage(found: Survey) -> None:
+    """Warn of what ``found`` misses."""
     if found.damaged:
         lines = f"line{'s' if len(found.damaged) > 1 else ''} {_some(found.damaged)}"
-        logger.warning("%s: damaged %s; a start moves them to a file beside it", path, lines)
+        logger.warning("%s: damaged %s; a start moves them to a file beside it", found.path, lines)
     if found.missing:
-        count, steps = len(found.missing), _some(found.missing)
-        logger.warning("%s: tells nothing of %d of the %d steps: %s", path, count, step, steps)
+        logger.warning(
+            "%s: tells nothing of %d of the %d steps: %s",
+            found.path,
+            len(found.missing),
+            found.step,
+            _some(found.missing),
+        )
 
 
-def begin_metrics(
-    path: Path, step: int, start: Mapping[str, Any], beside: Mapping[Path, bytes]
-) -> None:
-    """Rewrite the metrics ``path`` for a run that goes on from ``step``, which begins with the
-    record ``start``. What is taken out is kept in a file of its own.
+def begin_metrics(found: Survey, start: Mapping[str, Any], beside: Mapping[Path, bytes]) -> None:
+    """Rewrite the metrics for the run that they were surveyed for, with the record ``start`` at
+    their end. What is taken out is kept in a file of its own.
 
     Args:
         beside: other files that appear with it; none of them does unless all can be written.
@@ -150,39 +151,26 @@ def begin_metrics(
     Raises:
         DiskError: if a file cannot be written; nothing has changed then.
     """
-    found = survey(path, step)
+    path, moved = found.path, found.later.union(found.damaged)
     cut = numbered(path.parent, "metrics-cut-", ".jsonl")
-    targets = [cut] if found.later or found.damaged else []
-    with atomic_writes(*targets, path, *beside) as files:
-        new, removed = files[path], files.get(cut)
-        with closing(_read_lines(path)) as lines:
-            for line, record in lines:
-                if record is not None and _stays(record, step):
-                    new.write(line)
-                else:
-                    assert removed is not None, "the survey has seen these lines"
-                    removed.write(line)
-        new.write(encode_record(start))
+    with atomic_writes(*([cut] if moved else []), path, *beside) as files:
+        for number, line in enumerate(_read_lines(path), start=1):
+            files[cut if number in moved else path].write(line)
+        files[path].write(encode_record(start))
         for other, content in beside.items():
             files[other].write(content)
-    _tell_cut(path, cut, step, found)
+    if moved:
+        why = "all, at a fresh start" if found.step == 0 else f"those after step {found.step}"
+        if found.damaged:
+            why += f", and {len(found.damaged)} damaged"
+        level = logging.WARNING if found.step == 0 or found.damaged else logging.INFO
+        logger.log(level, "%s: moved %d lines to %s: %s", path, len(moved), cut.name, why)
 
 
-def _tell_cut(path: Path, cut: Path, step: int, found: Survey) -> None:
-    count = found.later + len(found.damaged)
-    if count == 0:
-        return
-    why = "all, at a fresh start" if step == 0 else f"those after step {step}"
-    if found.damaged:
-        why += f", and {len(found.damaged)} damaged"
-    level = logging.WARNING if step == 0 or found.damaged else logging.INFO
-    logger.log(level, "%s: moved %d lines to %s: %s", path, count, cut.name, why)
-
-
-def _read_lines(path: Path) -> Generator[tuple[bytes, Record | None], None, None]:
+def _read_lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            yield from decode_lines(file)
+            yield from file
     except FileNotFoundError:
         return
     except OSError as error:

@@ -20,7 +20,7 @@ from megatron.tokenizer import Tokenizer
 from megatron.training.changes import check_changes, read_progress
 from megatron.training.finite import check_finite
 from megatron.training.metrics import METRICS_FILE
-from megatron.training.metrics_file import survey
+from megatron.training.metrics_file import last_save
 from megatron.training.progress import Progress
 from megatron.training.saved_state import check_saved
 
@@ -188,7 +188,7 @@ def _find_saves(config: Config) -> list[tuple[int, Path]]:
             f"newest {saves[0][1].name}; choose another folder or remove them"
         )
     metrics = config.folder / METRICS_FILE
-    told = max(survey(metrics, 0).saves, default=0)
+    told = last_save(metrics)
     newest = saves[0][0] if saves else 0
     if told <= newest or options.resume == "never":
         return saves

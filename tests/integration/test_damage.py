@@ -192,7 +192,7 @@ def test_run_folder_holds_every_kind_of_file(folder: Path) -> None:
     assert found == {path for path in (folder / "killed").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(None, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [12, pytest.param(None, marks=pytest.mark.nightly)])
 def test_no_damage_is_silent(
     folder: Path, tmp_path: Path, count: int | None, figure: Figure
 ) -> None:

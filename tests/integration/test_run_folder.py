@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.integration.runs import (
 )
 
 STEPS = 4
-CHECKPOINT, DISK = 4, 5
+CONFIG, CHECKPOINT, DISK = 2, 4, 5
 
 
 def start(run: Path, world_size: int = 1, **changes: Any) -> Result:
@@ -82,7 +83,6 @@ def test_stopped_run_says_so_in_one_line_and_stays_as_it_is(run: Path, stop: int
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("folder", ["new", "new/and/deep"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -96,9 +96,9 @@ def test_stopped_run_says_so_in_one_line_and_stays_as_it_is(run: Path, stop: int
     ],
     ids=str,
 )
-def test_refused_start_makes_no_folder(run: Path, folder: str, change: dict[str, Any]) -> None:
-    new = run.parent / folder
-    assert start(run, **{"folder": new, **change}).exit_code in (2, 3, 4)
+def test_refused_start_makes_no_folder(run: Path, change: dict[str, Any]) -> None:
+    new = {"folder": run.parent / "new/and/deep"}
+    assert start(run, **new, **change).exit_code in (2, 3, 4)
     assert not (run.parent / "new").exists()
 
 
@@ -121,10 +121,11 @@ def damage(run: Path, step: int, name: str) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "name"), [(1, "rank-00000.safetensors"), (2, "manifest.json")]
+)
 def test_damaged_saves_are_passed_over_on_demand_and_saved_again(
-    run: Path, trained: Path, name: str, world_size: int
+    run: Path, trained: Path, world_size: int, name: str
 ) -> None:
     for step in (3, 4):
         damage(run, step, name)
@@ -191,6 +192,19 @@ def test_full_disk_at_a_start_changes_nothing(run: Path) -> None:
     assert result.exit_code == DISK
     assert result.complaints[-1].endswith("config.yaml: cannot be written: File too large")
     assert contents(run) == before
+
+
+def test_missing_tensorboard_changes_nothing(run: Path) -> None:
+    before = contents(run)
+    arguments = base_argv(run.parent, folder=run, train__samples=24, log__tensorboard=True)
+    result = run_pretrain(arguments, prepare=hide_tensorboard)
+    assert result.exit_code == CONFIG
+    assert "pip install 'bloom-pretrain[tensorboard]'" in result.complaints[-1]
+    assert contents(run) == before
+
+
+def hide_tensorboard() -> None:
+    sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment]
 
 
 def limit_file_size() -> None:

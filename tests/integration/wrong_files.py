@@ -203,6 +203,12 @@ SAVES = {
 }
 
 MACHINES = {
+    "tensorboard is a file": Case(
+        "run/tensorboard: cannot be written: is no folder",
+        DISK,
+        {"log__tensorboard": True},
+        before=write("run/tensorboard"),
+    ),
     "run folder is a file": Case(
         "folder FOLDER/run cannot be written|File exists", DISK, before=write("run"), fresh=True
     ),

@@ -13,6 +13,7 @@ from megatron.training.metrics_file import (
     begin_metrics,
     decode_lines,
     encode_record,
+    last_save,
     survey,
     tell_damage,
 )
@@ -74,7 +75,7 @@ def test_lines_after_the_step_are_moved_and_kept(
 ) -> None:
     caplog.set_level(logging.INFO)
     path = write(tmp_path, 1, 2, 3, 4, 5)
-    begin_metrics(path, 3, {**START, "step": 3}, {})
+    begin_metrics(survey(path, 3), {**START, "step": 3}, {})
     assert path.read_bytes().startswith(b"".join(lines(1, 2, 3)))
     assert steps(path) == [1, 2, 3, 3]
     cut = tmp_path / "metrics-cut-0001.jsonl"
@@ -83,7 +84,7 @@ def test_lines_after_the_step_are_moved_and_kept(
     assert record.levelname == "INFO"
     assert record.getMessage() == f"{path}: moved 2 lines to {cut.name}: those after step 3"
     write(tmp_path, 1, 2)
-    begin_metrics(path, 1, START, {})
+    begin_metrics(survey(path, 1), START, {})
     assert names(tmp_path) == [cut.name, "metrics-cut-0002.jsonl", path.name]
     assert steps(tmp_path / "metrics-cut-0002.jsonl") == [2]
 
@@ -92,7 +93,7 @@ def test_a_fresh_start_sets_the_old_metrics_aside_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path, 1, 2)
-    begin_metrics(path, 0, START, {})
+    begin_metrics(survey(path, 0), START, {})
     assert steps(path) == [0]
     assert steps(tmp_path / "metrics-cut-0001.jsonl") == [1, 2]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -101,7 +102,7 @@ def test_a_fresh_start_sets_the_old_metrics_aside_with_a_warning(
 
 def test_nothing_is_moved_where_nothing_has_to_be(tmp_path: Path) -> None:
     path = write(tmp_path, 1, 2)
-    begin_metrics(path, 2, START, {})
+    begin_metrics(survey(path, 2), START, {})
     assert names(tmp_path) == [path.name]
     assert steps(path) == [1, 2, 0]
 
@@ -112,10 +113,10 @@ def test_damaged_lines_are_named_and_moved(
     path = write(tmp_path, 1, 2, 3)
     content = path.read_bytes().replace(b'"step": 2', b'"step": 0')
     path.write_bytes(content + b'{"event": "st')
-    tell_damage(path, 3, survey(path, 3))
+    tell_damage(survey(path, 3))
     assert "metrics.jsonl: damaged line 2;" in caplog.text
     assert "tells nothing of 1 of the 3 steps: 2" in caplog.text
-    begin_metrics(path, 3, START, {})
+    begin_metrics(survey(path, 3), START, {})
     assert steps(path) == [1, 3, 0]
     assert (tmp_path / "metrics-cut-0001.jsonl").read_bytes().endswith(b'{"event": "st')
     assert (
@@ -127,7 +128,7 @@ def test_missing_metrics_of_a_run_that_goes_on_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    tell_damage(path, 7, survey(path, 7))
+    tell_damage(survey(path, 7))
     assert "tells nothing of 7 of the 7 steps: 1, 2, 3, 4, 5 and 2 more" in caplog.text
 
 
@@ -142,7 +143,17 @@ def test_nothing_changes_unless_all_can_be_written(tmp_path: Path, blocked: str)
         beside = {tmp_path / "config-0001.yaml": b"new", tmp_path / "config.yaml": b"new"}
     before = names(tmp_path)
     with pytest.raises(DiskError):
-        begin_metrics(path, 1, START, beside)
+        begin_metrics(survey(path, 1), START, beside)
     assert names(tmp_path) == before
     if blocked != "metrics.jsonl":
         assert steps(path) == [1, 2]
+
+
+def test_the_last_save_is_known_and_damaged_lines_are_not_believed(tmp_path: Path) -> None:
+    path = write(tmp_path, 1, 2)
+    assert last_save(path) == last_save(tmp_path / "none") == 0
+    with path.open("ab") as file:
+        for step in (1, 2, 9):
+            file.write(encode_record({"event": "save", "step": step}))
+    path.write_bytes(path.read_bytes().replace(b'"step": 9', b'"step": 8'))
+    assert last_save(path) == 2
