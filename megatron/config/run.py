@@ -49,7 +49,7 @@ class LaunchConfig:
     startup_timeout: float = 300.0
     """Seconds to wait for the other ranks at the start."""
     timeout: float = 1800.0
-    """Seconds to wait for another rank in one collective."""
+    """Seconds to wait for another rank in one collective; on GPUs, in one step or evaluation."""
 
     def __post_init__(self) -> None:
         require_positive("launch", startup_timeout=self.startup_timeout, timeout=self.timeout)
