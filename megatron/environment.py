@@ -14,6 +14,7 @@ Imports nothing that is slow, so that a process knows what it is before it has i
 """
 
 import os
+import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _MOST_PORT = 65535
 _TORCHRUN = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 _STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+_HOST = re.compile(r"[A-Za-z0-9_:\[][A-Za-z0-9_.:%\[\]-]{0,254}")
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,15 @@ def read_environment() -> RankEnvironment:
             raise ConfigError(
                 f"{name} must be set with {names.world_size} {world_size}; {names.example} does so"
             )
+    address = os.environ["MASTER_ADDR"]
+    if not _HOST.fullmatch(address):
+        raise ConfigError(f"MASTER_ADDR must be the name or the address of a host, got {address!r}")
     port = _read_number("MASTER_PORT", least=1, most=_MOST_PORT)
     return RankEnvironment(
         rank,
         world_size,
         local_rank,
-        f"{os.environ['MASTER_ADDR']}:{port}",
+        f"{address}:{port}",
         launcher_listens=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 

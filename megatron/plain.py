@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -61,22 +61,31 @@ _Loader.add_implicit_resolver(
 )
 
 
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Never waits, as opening a pipe would.
+
+    Raises:
+        OSError: if it cannot be opened.
+        PlainDataError: if it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise PlainDataError("is not a regular file")
+
+
 def read_file(path: Path, most: int | None = None) -> bytes:
-    """The bytes of a regular file. Never waits, as opening a pipe would.
+    """The bytes of a regular file.
 
     Raises:
         OSError: if it cannot be read.
         PlainDataError: if it is no regular file, or has more than ``most`` bytes.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(21, "Is a directory", str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise PlainDataError("is not a regular file")
-        if most is not None and status.st_size > most:
-            raise PlainDataError(f"has {status.st_size} bytes, and must not have more than {most}")
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise PlainDataError(f"has {size} bytes, and must not have more than {most}")
         return file.read()
 
 

@@ -18,6 +18,7 @@ from megatron.config import LaunchConfig
 from megatron.errors import DataError
 from megatron.launch import Launch, launched, read_environment
 from megatron.model.generation import Sampling, generate
+from megatron.plain import read_file
 from megatron.together import run_everywhere, run_on_first
 from megatron.training.inference import find_checkpoint, load_model, saved_config, saved_tokenizer
 from mpu import ParallelDims
@@ -72,8 +73,8 @@ def read_prompts(path: Path) -> list[str]:
         DataError: if it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(path).decode().splitlines()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 

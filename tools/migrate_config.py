@@ -15,10 +15,11 @@ from megatron.atomic import atomic_write, make_folder
 from megatron.cli import run_tool
 from megatron.config.rules import require
 from megatron.errors import ConfigError
+from megatron.plain import MOST_BYTES, read_file
 from tools.migration.deepspeed_json import DeepSpeedJson, parse_json
 from tools.migration.flags import NO_GPT
 from tools.migration.page import page, summary
-from tools.migration.run import Original
+from tools.migration.run import Original, named_file
 from tools.migration.shell import Launch, Script, read_script, shown
 from tools.migration.translate import translate
 from tools.migration.values import Flags
@@ -61,6 +62,7 @@ def _original(args: argparse.Namespace) -> Original:
         world_size=args.world_size or _world_size(launch.launcher),
         vocab_size=args.vocab_size,
         folder=Path() if args.script is None else args.script.parent,
+        typed=args.script is None,
         commands=len({launch.arguments for launch in script.launches}),
     )
 
@@ -90,8 +92,9 @@ def _deepspeed(args: argparse.Namespace, script: Script, flags: Flags) -> DeepSp
         return None
     if name in script.files:
         return parse_json(script.files[name], name)
-    path = (Path() if args.script is None else args.script.parent) / shown(name)
-    return parse_json(_read(path, "--deepspeed_config"), name) if path.is_file() else None
+    folder = Path() if args.script is None else args.script.parent
+    path = named_file(folder, shown(name), typed=args.script is None)
+    return None if path is None else parse_json(_read(path, "--deepspeed_config"), name)
 
 
 def _world_size(launcher: Sequence[str]) -> int | None:
@@ -106,8 +109,8 @@ def _world_size(launcher: Sequence[str]) -> int | None:
 
 def _read(path: Path, flag: str) -> str:
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(path, MOST_BYTES).decode()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{flag} {path} cannot be read: {error}") from error
 
 

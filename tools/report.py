@@ -29,6 +29,7 @@ from megatron.atomic import atomic_writes
 from megatron.cli import run_tool
 from megatron.errors import DataError, DiskError
 from megatron.training.metrics import METRICS_FILE, Record, duration, read_metrics, short_number
+from megatron.training.run_folder import check_run_folder
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -129,6 +130,7 @@ def load_run(folder: Path) -> Run:
     Raises:
         DataError: if there are none, or they are damaged.
     """
+    check_run_folder(folder)
     path = folder / METRICS_FILE
     records = read_metrics(path)
     kinds = {kind: [r for r in records if r["event"] == kind] for kind in ("step", "eval", "start")}

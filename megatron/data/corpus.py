@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.errors import DataError
+from megatron.plain import PlainDataError, leads_out, open_file, read_file
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+MOST_LINE_BYTES = 1 << 28
 
 
 class BadRecordError(ValueError):
@@ -85,6 +87,12 @@ def _expand(path: Path) -> list[Path]:
         files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
         if not files:
             raise DataError(f"{path}: no files in this folder; expected {expected}")
+        for file in files:
+            outside = leads_out(file, path)
+            if outside is not None:
+                raise DataError(
+                    f"{file}: is a link to {outside}, outside of the folder; give that file itself"
+                )
         return files
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
@@ -102,14 +110,18 @@ def read_records(files: Iterable[Path]) -> Iterator[Record]:
     for path in files:
         try:
             yield from _read_file(path)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, PlainDataError) as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_file(path: Path) -> Iterator[Record]:
     if path.suffix == ".txt":
-        yield Record(str(path), path.read_bytes(), is_json=False)
+        yield Record(str(path), read_file(path), is_json=False)
         return
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with open_file(path) as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
+        # A compressed line of a few bytes may be as long as it likes.
+        lines = iter(lambda: file.readline(MOST_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > MOST_LINE_BYTES:
+                raise PlainDataError(f"line {number} has more than {MOST_LINE_BYTES} bytes")
             yield Record(f"{path}:{number}", line, is_json=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron.atomic import atomic_write
 from megatron.errors import DataError
+from megatron.plain import MOST_INT, parse_json, read_file
 
 _OPTIONAL: dict[str, type] = {"content": str, "text_bytes": str}
 
@@ -68,10 +69,10 @@ def read_description(prefix: str | Path) -> Description | None:
     """
     path = description_path(prefix)
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(read_file(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if not isinstance(values, dict) or not _is_description(values):
         expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in _REQUIRED.items())
@@ -86,5 +87,10 @@ def read_description(prefix: str | Path) -> Description | None:
 def _is_description(values: Mapping[str, Any]) -> bool:
     known = {**_REQUIRED, **_OPTIONAL}
     return set(_REQUIRED) <= set(values) and all(
-        name in known and type(value) is known[name] for name, value in values.items()
+        name in known and type(value) is known[name] and _is_count_or_text(value)
+        for name, value in values.items()
     )
+
+
+def _is_count_or_text(value: Any) -> bool:
+    return isinstance(value, str) or 0 <= value < MOST_INT

@@ -21,6 +21,7 @@ from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.samples import Samples
 from megatron.errors import DataError
 from megatron.hashing import hash_file
+from megatron.plain import PlainDataError, read_file
 
 
 def text_bytes_path(prefix: str | Path) -> Path:
@@ -81,12 +82,12 @@ def read_text_bytes(dataset: IndexedDataset) -> NDArray[Any] | None:
         return None
     path = text_bytes_path(dataset.prefix)
     try:
+        content = read_file(path)
         found = hash_file(path)
-        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, PlainDataError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
     width = len(content) // max(1, len(dataset))
     if found != description.text_bytes or width * len(dataset) != len(content):
         raise DataError(

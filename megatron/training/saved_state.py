@@ -16,7 +16,7 @@ _SECTIONS = ("model", "train", "data", "optimizer")
 _MOST = 2**40
 """More samples, tokens in a sample, or steps than any run has."""
 _MOST_STEPS = 10**8
-"""Of a run whose batches are counted one by one."""
+"""Of a run; they are counted one by one."""
 
 
 def check_saved(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -50,8 +50,8 @@ def _check_plain(name: str, value: Any) -> None:
 
 
 def _check_progress(state: Mapping[str, Any]) -> None:
-    for name in ("step", "consumed_samples"):
-        _check_count(name, state.get(name))
+    _check_count("step", state.get("step"), _MOST_STEPS)
+    _check_count("consumed_samples", state.get("consumed_samples"))
     if "consumed_tokens" in state:
         _check_count("consumed_tokens", state["consumed_tokens"], 2**62)
 

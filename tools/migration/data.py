@@ -4,7 +4,6 @@ Datasets are the same files here. Tokenizers are not always: the original reads 
 merges, or a name on a hub; here a tokenizer is a file or a folder of this machine.
 """
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from megatron.config.rules import require
 from megatron.errors import ConfigError
+from megatron.plain import MOST_BYTES, parse_json, read_file
 from megatron.tokenizer import load_tokenizer
 from tools.migration.run import Migration
 from tools.migration.values import number, whole
@@ -85,11 +85,18 @@ def _groups(run: Migration, flag: str) -> list[_Group]:
     texts = run.flags.values(named)
     if named != flag:
         path = run.path("".join(texts))
-        if not path.is_file():
+        if path is None:
             run.notes.add("to do", run.flags.written(named), "that file is not here")
             return []
-        texts = shlex.split(path.read_text("utf-8"))
+        texts = shlex.split(_text(path, named))
     return [_group(text, run.flags.written(named)) for text in texts]
+
+
+def _text(path: Path, flag: str) -> str:
+    try:
+        return read_file(path, MOST_BYTES).decode()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--{flag} {path} cannot be read: {error}") from error
 
 
 def _flag_of_groups(run: Migration, flag: str) -> str:
@@ -149,7 +156,7 @@ def tokenizer(run: Migration) -> None:
 def _named_tokenizer(run: Migration, flag: str) -> None:
     name = "".join(run.flags.values(flag))
     run.settings.give("data.tokenizer", name, run.flags.written(flag))
-    if not run.path(name).exists():
+    if run.path(name) is None:
         run.notes.add(
             "to do",
             "data.tokenizer",
@@ -161,11 +168,15 @@ def _gpt2_tokenizer(run: Migration) -> None:
     vocab, merges = ("".join(run.flags.values(flag)) for flag in ("vocab-file", "merge-file"))
     path = str(Path(vocab).with_name("tokenizer.json"))
     run.settings.give("data.tokenizer", path, run.flags.written("vocab-file"))
+    # Quoted twice, for Python and for the shell: the names may be anything.
+    program = (
+        "from tokenizers import ByteLevelBPETokenizer as T; "
+        f"T({vocab!r}, {merges!r}).save({path!r})"
+    )
     run.notes.add(
         "to do",
         "data.tokenizer",
-        'a tokenizer is one file here; make it with python -c "from tokenizers import '
-        f"ByteLevelBPETokenizer as T; T('{vocab}', '{merges}').save('{path}')\"",
+        f"a tokenizer is one file here; make it with python -c {shlex.quote(program)}",
     )
 
 
@@ -195,7 +206,7 @@ def vocabulary(run: Migration) -> None:
 def _size_of_tokenizer(run: Migration) -> None:
     for flag, count in _COUNTS.items():
         path = run.path("".join(run.flags.values(flag)))
-        if flag in run.flags and path.exists():
+        if flag in run.flags and path is not None:
             more = run.flags.one("vocab-extra-ids", whole) if "vocab-extra-ids" in run.flags else 0
             run.settings.give("model.vocab_size", count(path) + more, run.flags.written(flag))
             return
@@ -208,7 +219,7 @@ def _size_of_tokenizer(run: Migration) -> None:
 
 def _count_json(path: Path) -> int:
     try:
-        vocab = json.loads(path.read_text("utf-8"))
+        vocab = parse_json(read_file(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--vocab-file {path} cannot be read: {error}") from error
     require(isinstance(vocab, Mapping), f"--vocab-file {path} must map tokens to numbers")

@@ -12,6 +12,8 @@ from typing import Any
 
 from megatron.config.dotted import flatten
 from megatron.errors import ConfigError
+from megatron.plain import PlainDataError, check_plain
+from megatron.plain import parse_json as parse_plain
 from tools.migration.shell import open_parts, shown
 from tools.migration.values import Flags, Notes, Settings, about_open
 
@@ -71,8 +73,9 @@ def parse_json(text: str, place: str) -> DeepSpeedJson:
     for part in open_parts(text):
         raise ConfigError(f"{shown(place)}: {about_open(part)}; or the file with --deepspeed")
     try:
-        values = json.loads(text)
-    except ValueError as error:
+        values = parse_plain(text)
+        check_plain(values)
+    except PlainDataError as error:
         raise ConfigError(f"{shown(place)} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{shown(place)} must be a JSON object, got {text.strip():.40}")

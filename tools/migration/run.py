@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.rules import require_multiple
+from megatron.plain import leads_out
 from tools.migration.deepspeed_json import DeepSpeedJson
 from tools.migration.shell import open_parts, shown
 from tools.migration.values import Flags, Notes, Reader, Settings, about_open
@@ -24,6 +25,7 @@ class Original:
         world_size: number of ranks, if it is known.
         vocab_size: size of the vocabulary, if somebody has told it.
         folder: where the names of files start.
+        typed: whether somebody has typed the flags; a script may name files of its folder only.
         commands: different ones in the script that start the training; these are the last one's.
     """
 
@@ -33,6 +35,7 @@ class Original:
     world_size: int | None = None
     vocab_size: int | None = None
     folder: Path = Path()
+    typed: bool = True
     commands: int = 1
 
 
@@ -94,6 +97,20 @@ class Migration:
             self.notes.add("to do", self.flags.written(flag), about_open(parts[0]))
         return bool(parts)
 
-    def path(self, name: str) -> Path:
-        """A file that the original names."""
-        return self.original.folder / shown(name)
+    def path(self, name: str) -> Path | None:
+        """A file that the original names, if it is here.
+
+        What a script names is looked for in the script's folder and below, and nowhere else.
+        """
+        return named_file(self.original.folder, shown(name), typed=self.original.typed)
+
+
+def named_file(folder: Path, name: str, *, typed: bool) -> Path | None:
+    """The file or folder ``name`` in ``folder``, if it is there; elsewhere only if it was typed."""
+    path = folder / name
+    try:
+        here = path.exists() and (typed or leads_out(path, folder) is None)
+    except (OSError, ValueError):
+        # No path at all, such as one with a zero byte.
+        return None
+    return path if here else None

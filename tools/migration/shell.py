@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import TypeAlias
 
+from megatron.errors import ConfigError
+
 _SUBSTITUTION = r"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|`[^`]*`"
 _BRACED = r"\$\{(?:[^{}]|\{[^{}]*\})*\}"
 _TOKEN = re.compile(
@@ -50,6 +52,7 @@ _PIECES = ("single", "double", "escape", "plain")
 _OPENING = ("if", "while", "until", "{", "for", "case", "select")
 _CLOSING = ("fi", "done", "esac", "}")
 _WHOLE = 1 << 30
+_MOST_LETTERS = 1 << 16
 # How many words of a command belong to a word that only orders commands.
 _KEYWORDS = {
     **dict.fromkeys(("if", "while", "until", "{", *_CLOSING), 1),
@@ -111,9 +114,15 @@ def read_script(text: str, variables: Mapping[str, str]) -> Script:
 
     Args:
         variables: values that hold whatever the script says.
+
+    Raises:
+        ConfigError: if it is nested too deeply, or its variables grow without end.
     """
     reader = _Reader(_sbatch_variables(text), variables)
-    reader.read(text)
+    try:
+        reader.read(text)
+    except RecursionError as error:
+        raise ConfigError("the script is nested too deeply to be read") from error
     return reader.script()
 
 
@@ -305,6 +314,8 @@ class _Reader:
         """Give a variable its value, which holds to the end of the innermost block."""
         if name in self._fixed:
             return
+        if sum(map(len, values)) > _MOST_LETTERS:
+            raise ConfigError(f"the script gives ${name:.60} more than {_MOST_LETTERS} letters")
         if self._blocks:
             self._blocks[-1].setdefault(name, self._values.get(name, []))
         self._values[name] = values
@@ -381,7 +392,7 @@ class _Reader:
             return self._leave_open(text)
         try:
             return str(self._value(ast.parse(self._expand(text[3:-2]).strip(), mode="eval").body))
-        except (SyntaxError, ValueError, ZeroDivisionError):
+        except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
             return self._leave_open(text)
 
     def _value(self, node: ast.expr) -> int:
