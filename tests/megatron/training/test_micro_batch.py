@@ -257,7 +257,8 @@ def test_idle_time_is_that_of_the_schedule(
     config: Config, schedule: ScheduleName, idle: float
 ) -> None:
     parallel = ParallelConfig(pipeline=2, schedule=schedule)
-    config = replace(config, parallel=parallel)
+    model = replace(config.model, num_layers=2)
+    config = replace(config, model=model, parallel=parallel)
     trial, _ = make_trial(config, ParallelDims(data=2, pipeline=2), lambda action: 9.0)
     want = 9.0 * (12 + idle) / (2 + idle) / 12
     assert trial(1).milliseconds == pytest.approx(want, rel=1e-12)
