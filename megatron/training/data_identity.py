@@ -101,14 +101,14 @@ def check_data(
     Raises:
         CheckpointError: naming what differs.
     """
-    if not isinstance(saved.get(STATE), dict):
+    if STATE not in saved:
         logger.warning(
             "%s: an earlier version wrote it, which did not tell of its data: whether corpus, "
             "tokenizer, seed and split are the same could not be compared",
             save,
         )
         return True
-    differences = list(_differences(saved[STATE], now))
+    differences = list(_differences(_table(saved[STATE]), now))
     if not differences:
         return True
     text = "; ".join(differences)
@@ -121,13 +121,20 @@ def check_data(
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    yield from _dataset_differences(saved.get("datasets", []), now["datasets"])
+    datasets = saved.get("datasets")
+    known = [_table(it) for it in datasets] if isinstance(datasets, list) else []
+    yield from _dataset_differences(known, now["datasets"])
     for name, option in (("split", "data.split"), ("seed", "train.seed")):
         if saved.get(name) != now[name]:
             yield f"{option} is {now[name]}, but was {saved.get(name)}"
     before, after = saved.get("tokenizer"), now["tokenizer"]
     if before != after:
         yield f"data.tokenizer is {after or 'none'}, but was {before or 'none'}"
+
+
+def _table(value: object) -> Mapping[str, Any]:
+    """``value``, which may be anything that JSON can be, as what it should be."""
+    return value if isinstance(value, dict) else {}
 
 
 def _dataset_differences(
