@@ -328,6 +328,9 @@ class _Backend:
     def stream(self, stream: _Stream | None) -> _Stream:
         return _Stream()
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
     def get_device_name(self, device: object = None) -> str:
         return NAME
 

@@ -38,10 +38,7 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch takes no devic
 STEP = Counter({"aten._local_scalar_dense.default at megatron/engine/torch_engine.py": 2})
 """The two numbers that a step reads, at once."""
 EVALUATION = Counter({"aten._local_scalar_dense.default at megatron/engine/torch_engine.py": 1})
-SELECTED = (
-    Run(Layout(tensor=2, sequence=True, micro_batch=8, num_layers=1), "fp32"),
-    Run(Layout(data=2, zero=3, micro_batch=2, num_layers=1), "fp16"),
-)
+SELECTED = Run(Layout(data=2, zero=3, micro_batch=2, num_layers=1), "fp16")
 TIED = Run(Layout(pipeline=2, data=2, zero=1, micro_batch=2, num_layers=2))
 """Of the word embedding, which both stages have, some ranks hold nothing."""
 STAGES = Run(Layout(pipeline=2, micro_batch=4, num_layers=2), is_short=True)
@@ -87,11 +84,8 @@ def _of_one_rank() -> list[Run]:
     ]
 
 
-@pytest.mark.parametrize("run", SELECTED, ids=str)
-def test_ranks_agree_and_the_cpu_waits_once_a_step(
-    run: Run, tmp_path: Path, figure: Figure
-) -> None:
-    check_run(run, tmp_path, figure)
+def test_ranks_agree_and_the_cpu_waits_once_a_step(tmp_path: Path, figure: Figure) -> None:
+    check_run(SELECTED, tmp_path, figure)
 
 
 @pytest.mark.nightly
@@ -107,10 +101,11 @@ def check_run(run: Run, folder: Path, figure: Figure) -> None:
     check_ranks(ranks, figure)
 
 
-def check_ranks(ranks: Sequence[Watched], figure: Figure) -> None:
+def check_ranks(ranks: Sequence[Watched], figure: Figure, steps: int = 1) -> None:
+    """Fail if ranks differ, or if one waited for the device without need in ``steps`` steps."""
     assert not any(rank.error for rank in ranks)
     faults = find_faults([rank.calls for rank in ranks])
-    extra = [wait for rank in ranks for wait in surplus(rank)]
+    extra = [wait for rank in ranks for wait in surplus(rank, steps)]
     calls = sum(len(rank.calls) for rank in ranks)
     figure("on a device", calls=calls, mixed_calls=len(faults), needless_waits=len(extra))
     assert faults == []
@@ -123,11 +118,11 @@ def waits(rank: Watched, phase: str) -> Counter[str]:
     return Counter(f"{wait.cause} at {wait.place.split(':')[0]}" for wait in found)
 
 
-def surplus(rank: Watched) -> list[str]:
-    """What the CPU waited for without need."""
-    step, evaluation = waits(rank, "step"), waits(rank, "evaluation")
-    extra = (step - STEP) + waits(rank, "trial") + waits(rank, "build")
-    return sorted((extra + (evaluation - EVALUATION)).elements())
+def surplus(rank: Watched, steps: int = 1) -> list[str]:
+    """What the CPU waited for without need in ``steps`` steps and an evaluation."""
+    allowed = Counter({wait: count * steps for wait, count in STEP.items()})
+    extra = (waits(rank, "step") - allowed) + (waits(rank, "evaluation") - EVALUATION)
+    return sorted((extra + waits(rank, "trial") + waits(rank, "build")).elements())
 
 
 def on_first(plant: Plant) -> Plant:
