@@ -53,8 +53,8 @@ def yaml(words: str, text: str) -> Case:
 
 
 def data(words: str, before: Action = lambda folder: None, **options: object) -> Case:
-    """Data that is refused."""
-    return Case(words, DATA, options, before=before)
+    """Data that is refused, also by a run that would go on with other data than before."""
+    return Case(words, DATA, {"checkpoint__accept_new_data": True, **options}, before=before)
 
 
 def resumed(words: str, before: Action = lambda folder: None, **options: object) -> Case:
