@@ -1,9 +1,12 @@
 """What a start does to the folder of a run: nothing before its last check, and nothing is lost."""
 
+import errno
 import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +208,31 @@ def test_missing_tensorboard_changes_nothing(run: Path) -> None:
 
 def hide_tensorboard() -> None:
     sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "checkpoints", METRICS_FILE])
+def test_disk_that_fails_is_not_taken_for_one_that_holds_nothing(run: Path, name: str) -> None:
+    before = contents(run)
+    arguments = base_argv(run.parent, folder=run, train__samples=24)
+    result = run_pretrain(arguments, prepare=partial(fail_to_read, name))
+    assert result.exit_code == (DISK if name == METRICS_FILE else CHECKPOINT)
+    assert f"{name}: cannot be read: Input/output error" in result.stderr
+    assert contents(run) == before
+
+
+def fail_to_read(name: str) -> None:
+    """Let every read of files or folders of that name fail, as on a network that is away."""
+    for owner, attribute in ((Path, "read_bytes"), (Path, "open"), (os, "listdir")):
+        setattr(owner, attribute, partial_failure(getattr(owner, attribute), name))
+
+
+def partial_failure(read: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def read_or_fail(path: Any, *args: Any, **options: Any) -> Any:
+        if Path(path).name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path, *args, **options)
+
+    return read_or_fail
 
 
 def limit_file_size() -> None:
