@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.config import ModelConfig
+from megatron.data.blend import blend
 from megatron.errors import ConfigError, RunError
 from megatron.launch import Launch
 from tests.figures import Figure
@@ -26,6 +27,7 @@ from tools.benchmarks import (
     kernels,
     launches,
     megatron_core,
+    starts,
     startup,
     train_step,
     train_step_gpu,
@@ -54,6 +56,7 @@ BENCHMARKS = {
     "head": head,
     "kernels": kernels,
     "launches": launches,
+    "starts": starts,
     "startup": startup,
     "train_step": train_step,
     "train_step_gpu": train_step_gpu,
@@ -116,6 +119,32 @@ def test_a_run_starts_within_a_second(quick: Quick, figure: Figure) -> None:
     seconds = {row["part"]: row["CPU s"] for row in table.rows}
     figure("start of BLOOM 1b7", seconds=seconds["together"])
     assert float(str(seconds["together"])) < 1
+
+
+@pytest.mark.slow
+def test_what_a_rank_exchanges_does_not_grow_with_the_ranks(quick: Quick, figure: Figure) -> None:
+    exchanged, data = quick("starts").tables
+    before, first, other = (
+        {str(row["what"]): float(str(row[column])) for row in exchanged.rows}
+        for column in list(exchanged.rows[0])[1:]
+    )
+    manifest = "manifest, to all"
+    figure("manifest to 384 ranks, MiB a rank", before=before[manifest], after=other[manifest])
+    assert before[manifest] > 380 * other[manifest]
+    assert all(first[what] <= before[what] and other[what] <= before[what] for what in before)
+    times = {row["what"]: (row["times before"], row["times after"]) for row in data.rows}
+    assert times["blend computed, CPU s"] == (96, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_samples", [1, 999, 54321])
+def test_former_blend_is_the_blend(num_samples: int) -> None:
+    weights = [3.0, 1.0, 0.25, 0.7]
+    for former, now in zip(
+        starts.former_blend(weights, num_samples), blend(weights, num_samples), strict=True
+    ):
+        assert former.dtype == now.dtype
+        assert former.tolist() == now.tolist()
 
 
 @pytest.mark.slow
