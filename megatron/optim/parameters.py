@@ -92,7 +92,10 @@ class Parameters(ABC):
 
     def scale_gradients(self, factor: Tensor) -> None:
         decayed, others = self.main()
-        torch._foreach_mul_([p.grad for p in (*decayed, *others) if p.grad is not None], factor)
+        gradients = [p.grad for p in (*decayed, *others) if p.grad is not None]
+        # With more data ranks than rows, one may hold nothing at all.
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the gradient of the whole model, a float64 scalar, the same on all ranks.

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.optim.parameters import Parameters
 from megatron.optim.sharded_parameters import ShardedParameters
-from mpu import ParallelDims, ParallelGroups, build_groups
+from mpu import ParallelDims, ParallelGroups, build_groups, mark_whole
 from tests.distributed import run_ranks
 from tests.megatron.optim.keeping import (
     CPU,
@@ -153,3 +153,24 @@ def check_sum(dtype: torch.dtype) -> None:
 def gradient_of(main: torch.nn.Parameter) -> torch.Tensor:
     assert main.grad is not None
     return main.grad
+
+
+def test_a_rank_that_holds_nothing_at_all_takes_part_in_a_step() -> None:
+    norms = run_ranks(2, step_with_one_row)
+    assert norms == [3.0, 3.0]
+
+
+def step_with_one_row() -> float:
+    groups = build_groups(ParallelDims(data=2))
+    layer = torch.nn.Linear(4, 1, bias=False)
+    mark_whole(layer)
+    parameters = ShardedParameters(
+        [layer], [], groups, CPU, compute_dtype=torch.float32, reshard=True
+    )
+    parameters.initialise(lambda name, parameter: parameter.data.fill_(1))
+    assert len(parameters.main()[0]) == (1 if groups.data.rank() == 0 else 0)
+    layer(torch.full((1, 4), 0.75)).sum().backward()
+    parameters.reduce_gradients()
+    norm = parameters.gradient_norm()
+    parameters.scale_gradients(1 / norm)
+    return norm.item()
