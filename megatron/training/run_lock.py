@@ -232,8 +232,10 @@ class RunLock:
                 return False
             self._takeover.rename(self._path)
         finally:
-            # After the rename there is nothing of that name, but that of the next.
-            self._remove_own(self._takeover)
+            # After the rename there is nothing of that name, but that of the next. One that cannot
+            # be removed will be found stale, and must not hide what went wrong before.
+            with suppress(OSError):
+                self._remove_own(self._takeover)
         held = self._settle()
         if held:
             logger.warning(

@@ -134,7 +134,7 @@ class _Run:
         with during("the start" if newest is None else f"loading {newest.path}"):
             self._progress = self._checkpoints.resume(newest)
         self._saved_step = self._progress.step
-        bytes_per_token = run_everywhere(self._valid_data.bytes_per_token, world)
+        bytes_per_token = run_on_first(self._valid_data.bytes_per_token, world)
         self._reporter = run_everywhere(
             lambda: Reporter(config, launch, self._progress, guard, bytes_per_token), world
         )
