@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run all tests and benchmarks that need a GPU, on one, in less than ten minutes.
+# Run all tests and benchmarks that need a GPU, on one, in less than 13 minutes.
 #
 #   bash tools/benchmarks/gpu.sh FOLDER
 #
@@ -38,7 +38,7 @@ benchmark engines 50 --device cuda
 benchmark attention 60 --device cuda
 benchmark head 30 --device cuda
 benchmark kernels 25 --device cuda
-part tests 150 python -m pytest tests/gpu -m gpu -q -p no:cacheprovider
+part tests 330 python -m pytest tests/gpu -m gpu -q -p no:cacheprovider
 
 echo "== $failed parts failed"
 exit "$failed"
