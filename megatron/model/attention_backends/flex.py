@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+_BLOCK = 128
+"""Positions of a block of queries, and of keys."""
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -51,10 +54,40 @@ def causal_blocks(seq: int, device: torch.device) -> BlockMask:
 
 
 def document_blocks(documents: Tensor) -> BlockMask:
-    """As ``causal_blocks``, inside the document of the query, with numbers ``(batch, seq)``."""
-    batch, seq = documents.shape
-    mask = document_mask(documents)
-    return create_block_mask(mask, batch, None, seq, seq, device=documents.device)
+    """As ``causal_blocks``, inside the document of the query.
+
+    Documents change with every microbatch. As they follow one another, the first and the last
+    number of each block tell what of it is seen, without a mask of all pairs of positions.
+
+    Args:
+        documents: numbers that do not fall along a sequence, ``(batch, seq)``.
+    """
+    _, seq = documents.shape
+    last_of_block = torch.arange(_BLOCK - 1, seq + _BLOCK - 1, _BLOCK, device=documents.device)
+    first, last = documents[:, ::_BLOCK], documents[:, last_of_block.clamp(max=seq - 1)]
+    # (batch, blocks of queries, blocks of keys)
+    seen = first.unsqueeze(2) == last.unsqueeze(1)
+    whole = (last.unsqueeze(2) == first.unsqueeze(1)).tril(-1)
+    if seq % _BLOCK != 0:
+        # Some of its queries are not there.
+        whole[:, -1] = False
+    diagonal = torch.eye(first.size(1), dtype=torch.bool, device=documents.device)
+    partly = (seen.tril(-1) | diagonal) & ~whole
+    return BlockMask.from_kv_blocks(
+        *_ordered(partly),
+        *_ordered(whole),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=document_mask(documents),
+        seq_lengths=(seq, seq),
+    )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """For each block of queries the number of its blocks of keys, and which, before the others."""
+    blocks = blocks.unsqueeze(1).int()
+    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(
+        dim=-1, descending=True, stable=True
+    ).int()
 
 
 def document_mask(documents: Tensor) -> MaskMod:

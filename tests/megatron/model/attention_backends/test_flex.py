@@ -66,3 +66,20 @@ def test_blocks_that_no_query_sees_are_skipped() -> None:
     assert flex.causal_blocks(512, torch.device("cpu")).sparsity() == pytest.approx(100 * 6 / 16)
     documents = flex.document_blocks(document_numbers([256, 256]))
     assert documents.sparsity() == pytest.approx(100 * 10 / 16)
+
+
+@pytest.mark.parametrize("seq", [1, 5, 127, 128, 129, 300, 512, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.02, 0.3, 1.0])
+def test_blocks_of_documents_are_those_of_the_whole_mask(seq: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(seq)
+    numbers = (torch.rand(3, seq, generator=generator) < share).long().cumsum(dim=1)
+    got = flex.document_blocks(numbers)
+    mask = flex.document_mask(numbers)
+    want = flex.create_block_mask(mask, 3, None, seq, seq, device="cpu")
+    assert (got.seq_lengths, got.BLOCK_SIZE) == (want.seq_lengths, want.BLOCK_SIZE)
+    for order in ("kv", "q"):
+        for part in ("", "full_"):
+            for what in ("num_blocks", "indices"):
+                name = f"{part}{order}_{what}"
+                assert torch.equal(getattr(got, name), getattr(want, name)), name
+                assert getattr(got, name).dtype == getattr(want, name).dtype
