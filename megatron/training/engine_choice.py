@@ -57,10 +57,10 @@ def build_engine(
     # DeepSpeed is optional, and takes seconds to import.
     from megatron.engine.deepspeed.engine import DeepSpeedEngine
 
-    seconds = config.launch.timeout
-    complaint = f"not all ranks built their engine within launch.timeout ({seconds:g} s)"
-    # DeepSpeed builds groups of its own, which have torch's timeout.
+    # DeepSpeed builds groups of its own, which have torch's timeout, and may have to compile first.
+    seconds = max(config.launch.startup_timeout, config.launch.timeout)
+    complaint = f"not all ranks built their engine within {seconds:g} s"
     with watched(seconds, complaint, launch.spokesman):
         engine = DeepSpeedEngine(config, launch.groups, launch.device, backend)
-    set_timeout(seconds)
+    set_timeout(config.launch.timeout)
     return engine

@@ -28,12 +28,20 @@ PEER_LOST = 8
 WAIT = 4.0
 """launch.timeout of the runs."""
 MOST_OVER = 5.0
+PATIENCE = 4 * TIMEOUT
+"""Eight ranks, or DeepSpeed, are slow to start."""
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2": {"parallel__tensor": 2},
     "data 2": {"parallel__data": 2, "parallel__zero": 1},
     "data 2, ZeRO 3": {"parallel__data": 2, "parallel__zero": 3},
     "pipeline 2": {"parallel__pipeline": 2},
+    "data 2 on deepspeed": {
+        "parallel__data": 2,
+        "parallel__zero": 2,
+        "engine__name": "deepspeed",
+        "train__dtype": "fp32",
+    },
     "all": {"parallel__tensor": 2, "parallel__data": 2, "parallel__pipeline": 2},
 }
 # Where the rank is stopped, at which call of it, and after how many exchanges at most.
@@ -164,7 +172,7 @@ def overrun(folder: Path, stall: Stall) -> float:
         world_size=world_size,
         fault=stall,
         stalled=[stall.rank],
-        timeout=TIMEOUT if world_size == 2 else 3 * TIMEOUT,
+        timeout=PATIENCE,
     )
     others = [code for rank, code in enumerate(result.exit_codes) if rank != stall.rank]
     assert others == [PEER_LOST] * (world_size - 1), (stall, result.exit_codes, result.stderr)
@@ -187,8 +195,9 @@ def measure(folder: Path, stalls: list[Stall], figure: Figure, at_once: int) -> 
 
 
 def test_stalled_rank_ends_the_others_in_time(folder: Path, tmp_path: Path, figure: Figure) -> None:
-    small = [stall for stall in cases(tmp_path, seed=0) if stall.layout != "all"]
-    places = {}
+    small = [stall for stall in cases(tmp_path, seed=0) if _world_size(stall.layout) == 2]
+    small = [stall for stall in small if "deepspeed" not in stall.layout]
+    places: dict[str, Stall] = {}
     for stall in random.Random(1).sample(small, len(small)):
         places.setdefault(stall.place, stall)
     measure(folder, list(places.values()), figure, at_once=5)
@@ -200,5 +209,8 @@ def test_stalled_rank_ends_the_others_in_time(folder: Path, tmp_path: Path, figu
 def test_every_rank_that_stalls_ends_the_others_in_time(
     layout: str, seed: int, folder: Path, tmp_path: Path, figure: Figure
 ) -> None:
+    if "deepspeed" in layout:
+        pytest.importorskip("deepspeed")
     stalls = [stall for stall in cases(tmp_path, seed) if stall.layout == layout]
-    measure(folder, stalls, figure, at_once=1 if layout == "all" else 4)
+    slow = layout == "all" or "deepspeed" in layout
+    measure(folder, stalls, figure, at_once=1 if slow else 4)
