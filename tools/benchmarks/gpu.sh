@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Run all tests and benchmarks that need a GPU, on one, in less than 13 minutes.
+# Run all tests and benchmarks that need a GPU, each half in less than ten minutes.
 #
-#   bash tools/benchmarks/gpu.sh FOLDER
+#   bash tools/benchmarks/gpu.sh FOLDER         benchmarks, and tests of parts, on one GPU
+#   bash tools/benchmarks/gpu.sh FOLDER runs    tests of engine and trainer, on all GPUs there are
 #
 # Takes the python of the PATH and installs nothing. FOLDER gets a JSON file of each benchmark and a
 # log of each part; the files, put into docs/performance, become part of the performance page. A
@@ -32,13 +33,19 @@ benchmark() {
     part "$name" "$seconds" python -m "tools.benchmarks.$name" --json "$out/${name%_gpu}_gpu.json" "$@"
 }
 
+if [ "${2:-}" = runs ]; then
+    part runs 590 python -m pytest tests/gpu/test_run.py -m gpu -q -p no:cacheprovider
+    exit "$failed"
+fi
+
 benchmark train_step_gpu 220
 benchmark gains 60 --device cuda
 benchmark engines 50 --device cuda
 benchmark attention 60 --device cuda
 benchmark head 30 --device cuda
 benchmark kernels 25 --device cuda
-part tests 330 python -m pytest tests/gpu -m gpu -q -p no:cacheprovider
+part tests 150 python -m pytest tests/gpu --ignore tests/gpu/test_run.py -m gpu -q \
+    -p no:cacheprovider
 
 echo "== $failed parts failed"
 exit "$failed"
