@@ -48,6 +48,8 @@ def run_program(
         os.dup2(null, 0)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        # A test may have put others in their place.
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         os.environ.update(env)
         sys.path.insert(0, str(importable))
         torch.set_num_threads(1)
