@@ -4,25 +4,27 @@
 #   bash examples/quickstart.sh [FOLDER]
 #
 # FOLDER (default runs/quickstart) receives everything but the environment, which is made in .venv.
-# With INSTALLED=1 the python on the PATH is used as it is; SAMPLES shortens the training.
+# PYTHON names the Python that makes it (default python3). With INSTALLED=1 nothing is installed, and
+# PYTHON (default python) is used as it is. SAMPLES shortens the training.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/environment.sh
 folder=${1:-runs/quickstart}
 samples=${SAMPLES:-2560}
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
+if [ -e "$folder" ]; then
+    refuse "$folder is there already; remove it, or name another folder"
+fi
 if [ "${INSTALLED:-0}" = 1 ]; then
-    python=python
+    python=${PYTHON:-python}
+    check_python "$python"
 else
     say "Make an environment in .venv and install"
-    [ -x .venv/bin/python ] || python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet -c constraints.txt -e .
+    ensure_environment .venv
     python=.venv/bin/python
-fi
-if [ -e "$folder" ]; then
-    echo "error: $folder is there already; remove it, or name another folder" >&2
-    exit 2
+    "$python" -m pip install --quiet -c constraints.txt -e .
 fi
 mkdir -p "$folder"
 started=$SECONDS

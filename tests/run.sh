@@ -2,14 +2,18 @@
 # Make an environment in .venv, then check format, lint and types and run all CPU tests.
 #
 #   bash tests/run.sh [pytest arguments]
+#
+# PYTHON names the Python that makes the environment (default python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/environment.sh
 
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+ensure_environment .venv
+python=.venv/bin/python
+"$python" -m pip install --quiet -c constraints.txt -e ".[dev]"
 
-.venv/bin/ruff format --check .
-.venv/bin/ruff check .
-.venv/bin/mypy
+"$python" -m ruff format --check .
+"$python" -m ruff check .
+"$python" -m mypy
 # One thread a process: two workers and the ranks that they start share the cores anyway.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 "$@"
+OMP_NUM_THREADS=1 "$python" -m pytest --numprocesses 2 "$@"

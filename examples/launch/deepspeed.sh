@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine or several by the deepspeed launcher (pip install deepspeed). It is independent of how
+# One machine or several by the deepspeed launcher (pip install -e .[deepspeed]). It is independent of how
 # the run trains: it starts plain ranks as well as those of DeepSpeed's engine.
 #
 #   RANKS=8 bash examples/launch/deepspeed.sh --config run.yaml [--section.key value ...]

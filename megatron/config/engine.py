@@ -9,6 +9,6 @@ class EngineConfig:
     """What drives forward, backward and the update."""
 
     name: Literal["torch", "deepspeed"] = "torch"
-    """deepspeed needs the package of that name: pip install .[deepspeed]."""
+    """deepspeed needs the package of that name: pip install -e .[deepspeed]."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """More options of DeepSpeed, as in its JSON file, such as those of zero_optimization."""

@@ -357,7 +357,7 @@ def _check_tensorboard(folder: Path) -> None:
     except ImportError as error:
         raise ConfigError(
             "log.tensorboard true needs TensorBoard, which is not installed: "
-            "pip install 'bloom-pretrain[tensorboard]'"
+            "pip install -c constraints.txt -e .[tensorboard]"
         ) from error
     if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise DiskError(f"{folder}: cannot be written: is no folder, or read-only")

@@ -235,7 +235,7 @@ def test_missing_tensorboard_is_told_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match=r"pip install 'bloom-pretrain\[tensorboard\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -c constraints.txt -e \.\[tensorboard\]"):
         MetricsWriter(tmp_path, tensorboard=True, enabled=True, resume_step=0)
     assert list(tmp_path.iterdir()) == []
 
