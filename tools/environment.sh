@@ -51,7 +51,7 @@ check_environment() { # FOLDER
     fi
     if [ -z "$version" ] || ! "$1/bin/python" - "$1" <<<'
 import os, sys
-sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' \
+sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]))' 2>/dev/null \
         || ! "$1/bin/python" -m pip --version >/dev/null 2>&1 </dev/null; then
         refuse "the environment $1 is broken, or was never finished; $again and start again"
     fi

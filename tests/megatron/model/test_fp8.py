@@ -188,7 +188,9 @@ def test_missing_torchao_is_an_error_that_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8.config", None)
-    with pytest.raises(ConfigError, match=r"train.fp8 needs torchao: pip install -c constraints.txt -e \.\[fp8\]"):
+    with pytest.raises(
+        ConfigError, match=r"train.fp8 needs torchao: pip install -c constraints.txt -e \.\[fp8\]"
+    ):
         fp8_products(CPU)
 
 
