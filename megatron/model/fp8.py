@@ -113,7 +113,9 @@ def _casts(emulate: bool) -> dict[str, Callable[[Tensor], Any]]:
             ScaledMMConfig,
         )
     except ImportError as error:
-        raise ConfigError(f"train.fp8 needs torchao: pip install -c constraints.txt -e .[fp8] ({error})") from error
+        raise ConfigError(
+            f"train.fp8 needs torchao: pip install -c constraints.txt -e .[fp8] ({error})"
+        ) from error
     products = LinearMMConfig()
     if emulate:
         products = LinearMMConfig(*(ScaledMMConfig(emulate=True) for _ in products))
