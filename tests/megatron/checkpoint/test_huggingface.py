@@ -77,8 +77,15 @@ def lifted(monkeypatch: pytest.MonkeyPatch) -> None:
     def slopes(num_heads: int, device: torch.device) -> Tensor:
         return alibi_slopes(num_heads).double()
 
+    def build_alibi(mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+        positions = (mask.cumsum(-1) - 1) * mask
+        bias = slopes(num_heads, mask.device)[:, None] * positions[:, None]
+        return bias.view(len(mask) * num_heads, 1, -1).to(dtype)
+
     monkeypatch.setattr(modeling_bloom, "F", SimpleNamespace(**{**vars(F), "softmax": softmax}))
-    monkeypatch.setattr(modeling_bloom, "_get_alibi_slopes", slopes)
+    # Earlier versions of transformers have slopes in the second only.
+    monkeypatch.setattr(modeling_bloom, "_get_alibi_slopes", slopes, raising=False)
+    monkeypatch.setattr(modeling_bloom, "build_alibi_tensor", build_alibi)
 
 
 def ids(config: ModelConfig) -> Tensor:

@@ -162,9 +162,11 @@ def test_newest_save_of_a_run_is_found(tmp_path: Path) -> None:
     (path,) = run_ranks(1, save_model, tmp_path)
     assert find_checkpoint(tmp_path) == path
     assert find_checkpoint(path) == path
-    newer = path.with_name("step-00000005")
-    newer.mkdir()
-    # It has no manifest, and so is no save.
-    assert find_checkpoint(tmp_path) == path
+    damaged = path.with_name("step-00000005")
+    damaged.mkdir()
+    # A save without a manifest is a damaged one, which is told when it is opened.
+    assert find_checkpoint(tmp_path) == find_checkpoint(damaged) == damaged
+    with pytest.raises(CheckpointError, match="manifest.json: the file is missing"):
+        open_checkpoint(damaged)
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run folder"):
-        find_checkpoint(newer)
+        find_checkpoint(tmp_path / "elsewhere")
