@@ -103,7 +103,7 @@ def go_on(
     opened = copy_of(engine.named_state())
     results = list(train(engine, config, groups, range(progress.step, progress.step + STEPS)))
     for _ in results:
-        progress = progress.after(GLOBAL_BATCH)
+        progress = progress.after(GLOBAL_BATCH, config.model.seq_length)
     checkpoints.save(progress)
     return opened, results, engine.named_state()
 

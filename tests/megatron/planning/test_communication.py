@@ -1,5 +1,6 @@
 """Traffic by arithmetic equals what live steps of the engine hand to their process groups."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeAlias, get_args
 
@@ -22,7 +23,8 @@ from tests.distributed import run_ranks
 from tests.figures import Figure
 from tests.megatron.engine.training import Layout, build_engine, make_config, microbatches
 
-Found: TypeAlias = dict[TrafficAxis, Traffic]
+Found: TypeAlias = dict[str, Traffic]
+"""By the axes of a group."""
 
 AXES: tuple[TrafficAxis, ...] = get_args(TrafficAxis)
 
@@ -78,12 +80,21 @@ CASES = [
 
 
 class GroupTraffic(TorchDispatchMode):
-    """Counts, while entered, what this rank hands to each of its groups of more than one rank."""
+    """Counts, while entered, what this rank hands to each of its groups of more than one rank.
+
+    Axes of the same ranks share a group, whose traffic is found under the names of all of them.
+    """
 
     def __init__(self, groups: ParallelGroups) -> None:
         super().__init__()
-        self.axes = {getattr(groups, axis).group_name: axis for axis in AXES}
-        self.found: Found = {axis: Traffic() for axis in AXES}
+        names = [getattr(groups, axis).group_name for axis in AXES]
+        self.axes = {
+            name: " and ".join(
+                axis for axis, other in zip(AXES, names, strict=True) if other == name
+            )
+            for name in names
+        }
+        self.found: Found = {axes: Traffic() for axes in self.axes.values()}
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -139,10 +150,25 @@ def test_formula_counts_every_collective_of_a_step(
     dims = config.layout(case.layout.world_size)
     # The first ranks of the pipeline's stages; of a cut that does not divide, they have the most.
     firsts = ranks[:: dims.tensor * dims.data]
-    assert firsts == [rank_traffic(config, dims, stage) for stage in range(dims.pipeline)]
-    busiest = {axis: max(rank[axis].payload for rank in ranks) for axis in AXES}
-    assert sent_per_step(config, dims) == busiest
+    stages = [rank_traffic(config, dims, stage) for stage in range(dims.pipeline)]
+    assert firsts == [together(stage, first) for stage, first in zip(stages, firsts, strict=True)]
+    groups = {axes for rank in ranks for axes in rank}
+    busiest = {axes: max(rank.get(axes, Traffic()).payload for rank in ranks) for axes in groups}
+    assert busiest == {
+        axes: max(rank.get(axes, Traffic()).payload for rank in firsts) for axes in groups
+    }
+    assert sent_per_step(config, dims) == {
+        axis: max(stage[axis].payload for stage in stages) for axis in AXES
+    }
     figure(f"bytes sent in a step: {case}", **busiest, formula="equal")
+
+
+def together(traffic: Mapping[TrafficAxis, Traffic], groups: Iterable[str]) -> Found:
+    """What the axes of each of ``groups`` send in all."""
+    return {
+        axes: sum((traffic[axis] for axis in AXES if axis in axes.split(" and ")), Traffic())
+        for axes in groups
+    }
 
 
 def test_ring_passes_a_tensor_on_as_often_as_theory_says() -> None:
