@@ -202,7 +202,7 @@ def test_missing_tensorboard_changes_nothing(run: Path) -> None:
     arguments = base_argv(run.parent, folder=run, train__samples=24, log__tensorboard=True)
     result = run_pretrain(arguments, prepare=hide_tensorboard)
     assert result.exit_code == CONFIG
-    assert "pip install 'bloom-pretrain[tensorboard]'" in result.complaints[-1]
+    assert "pip install -c constraints.txt -e .[tensorboard]" in result.complaints[-1]
     assert contents(run) == before
 
 
