@@ -95,11 +95,19 @@ class StopSignals:
 
     def _restore(self) -> None:
         """Give signals back to who had them; a forked process is asked to stop by itself."""
-        if self._before:
+        if not self._before:
+            return
+        self._interrupts = False
+        # One that comes meanwhile waits until its handler is the former one: Python would find that
+        # one in the place of the one that was to be called, and complain.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
+        try:
             signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:

@@ -188,6 +188,7 @@ def test_every_extra_can_be_had_on_every_platform(figure: Figure) -> None:
     check([LINUX, *OTHERS], figure)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("network")
 def test_the_pythons_named_are_those_that_the_pinned_torch_has_wheels_for() -> None:
     torch = f"torch=={pins()['torch']}"

@@ -54,18 +54,21 @@ class Signal:
         setattr(owner, self.place, send_and_call)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(
-    ("number", "place"),
-    [
-        (signal.SIGTERM, "_choose_device"),
-        (signal.SIGINT, "meet"),
-        (signal.SIGUSR1, "build_groups"),
-        (signal.SIGHUP, "open_newest"),
-        (signal.SIGTERM, "build_engine"),
-    ],
-    ids=str,
-)
+PLACES = [
+    (signal.SIGTERM, "_choose_device"),
+    (signal.SIGINT, "meet"),
+    (signal.SIGUSR1, "build_groups"),
+    (signal.SIGHUP, "open_newest"),
+    (signal.SIGTERM, "build_engine"),
+]
+CASES: list[Any] = [
+    pytest.param(*place, rank, marks=[pytest.mark.nightly] if (at + rank) % 2 else [])
+    for at, place in enumerate(PLACES)
+    for rank in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("number", "place", "rank"), CASES, ids=str)
 def test_signal_at_the_start_ends_all_ranks(
     number: signal.Signals, place: str, rank: int, folder: Path, tmp_path: Path, figure: Figure
 ) -> None:

@@ -119,6 +119,7 @@ def _cpu_model() -> str:
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        # That of torch's files does not tell for which device they were built.
+        return torch.__version__ if package == "torch" else version(package)
     except PackageNotFoundError:
         return "not installed"
