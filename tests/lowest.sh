@@ -16,4 +16,4 @@ python=.venv-lowest/bin/python
 "$python" -m uv --no-config pip install --quiet --python "$python" --resolution lowest-direct \
     --only-binary :all: --no-binary deepspeed --no-binary bloom-pretrain -e ".[dev]"
 
-OMP_NUM_THREADS=1 "$python" -m pytest --numprocesses 2 --dist worksteal -m "not slow and not nightly" "$@"
+OMP_NUM_THREADS=1 "$python" -m pytest --numprocesses 2 -m "not slow and not nightly" "$@"

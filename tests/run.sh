@@ -16,4 +16,4 @@ python=.venv/bin/python
 "$python" -m ruff check .
 "$python" -m mypy
 # One thread a process: two workers and the ranks that they start share the cores anyway.
-OMP_NUM_THREADS=1 "$python" -m pytest --numprocesses 2 --dist worksteal "$@"
+OMP_NUM_THREADS=1 "$python" -m pytest --numprocesses 2 "$@"

@@ -20,7 +20,9 @@ from tests.pretend.device import AVAILABLE, NAME, Watch, pretend
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch takes no device from Python")
 
 LAYOUTS: list[Any] = [
-    pytest.param({"parallel__tensor": 2, "parallel__sequence": True}, id="tensor"),
+    pytest.param(
+        {"parallel__tensor": 2, "parallel__sequence": True}, id="tensor", marks=pytest.mark.nightly
+    ),
     pytest.param(
         {"parallel__pipeline": 2, "parallel__data": 2, "parallel__zero": 1},
         id="pipeline",
