@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 
 from torch.distributed import ProcessGroup
 
-from megatron.checkpoint.load import CheckpointReader
 from megatron.config import Config
 from megatron.data.content import Findings
 from megatron.errors import CheckpointError
 from megatron.together import run_on_first
 from megatron.tokenizer import Tokenizer
+from megatron.training.saved_run import SavedRun
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def agree_on_data(
     config: Config,
     findings: Findings,
     tokenizer: Tokenizer | None,
-    newest: CheckpointReader | None,
+    newest: SavedRun | None,
     group: ProcessGroup | None,
 ) -> DataIdentity:
     """What the data of the run is. Collective over ``group``, whose first rank reads data.
@@ -63,7 +63,7 @@ def agree_on_data(
     def compare() -> DataIdentity:
         now = data_state(config, findings, tokenizer)
         accept = config.checkpoint.accept_new_data
-        same = newest is None or check_data(newest.state, newest.path, now, accept=accept)
+        same = newest is None or check_data(newest.reader.state, newest.path, now, accept=accept)
         return DataIdentity(now, same)
 
     return run_on_first(compare, group)

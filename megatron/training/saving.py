@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.folders import set_aside, step_folder, step_folders
 from megatron.checkpoint.format import StateTensor
-from megatron.checkpoint.load import CheckpointReader, open_checkpoint
+from megatron.checkpoint.load import open_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config import Config, config_to_dict
 from megatron.engine.base import Engine, NamedState
@@ -17,12 +17,12 @@ from megatron.errors import CheckpointError, DiskError, NonFiniteError
 from megatron.launch import Launch
 from megatron.together import run_on_first
 from megatron.tokenizer import Tokenizer
-from megatron.training.changes import check_changes, read_progress
+from megatron.training.changes import check_changes
 from megatron.training.finite import check_finite
 from megatron.training.metrics import METRICS_FILE
 from megatron.training.metrics_file import last_save
 from megatron.training.progress import Progress
-from megatron.training.saved_state import check_saved
+from megatron.training.saved_run import SavedRun, read_saved_run
 
 logger = logging.getLogger(__name__)
 
@@ -83,33 +83,31 @@ class RunCheckpoints:
         )
         logger.info("saved %s", path)
 
-    def resume(self, reader: CheckpointReader | None) -> Progress:
+    def resume(self, saved: SavedRun | None) -> Progress:
         """Load what ``open_newest`` gave; the progress that it was made at.
 
         Raises:
             CheckpointError: if it is of another model, or cannot be read.
             NonFiniteError: if it holds a number that is none, which versions before let pass.
         """
-        if reader is None:
+        if saved is None:
             logger.info("fresh start: no save in %s", self._folder)
             return Progress()
-        progress = read_progress(reader)
-        check_changes(self._config, reader, progress)
-        self._engine.load_state(
-            lambda state: reader.read_into(state_tensors(state)), reader.state["engine"]
-        )
-        self._check_loaded(reader)
-        logger.info("resumed from %s, saved at layout %s", reader.path, dict(reader.layout))
-        self._resumed = progress
-        return progress
+        check_changes(self._config, saved)
+        reader = saved.reader
+        self._engine.load_state(lambda state: reader.read_into(state_tensors(state)), saved.engine)
+        self._check_loaded(saved.path)
+        logger.info("resumed from %s, saved at layout %s", saved.path, dict(reader.layout))
+        self._resumed = saved.progress
+        return saved.progress
 
-    def _check_loaded(self, reader: CheckpointReader) -> None:
+    def _check_loaded(self, path: Path) -> None:
         state = state_tensors(self._engine.named_state())
         try:
             check_finite(state, self._engine.device, group=None)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{reader.path}: {error}; to go on from an older save, move this one away",
+                f"{path}: {error}; to go on from an older save, move this one away",
                 on_every_rank=True,
             ) from error
 
@@ -132,7 +130,7 @@ class RunCheckpoints:
                     raise DiskError(f"{path}: cannot be renamed: {error.strerror}") from error
 
 
-def open_newest(config: Config) -> CheckpointReader | None:
+def open_newest(config: Config) -> SavedRun | None:
     """The newest save of the run if there is one, as ``checkpoint.resume`` asks. Collective.
 
     With ``checkpoint.skip_damaged`` the newest whole one.
@@ -165,13 +163,12 @@ def open_newest(config: Config) -> CheckpointReader | None:
     return None
 
 
-def _open(path: Path, step: int) -> CheckpointReader:
+def _open(path: Path, step: int) -> SavedRun:
     reader = open_checkpoint(path, group=dist.group.WORLD)
     found = reader.state.get("step")
     if found != step:
         raise CheckpointError(f"{path}: is the save of step {found!r:.20}", on_every_rank=True)
-    check_saved(path, reader.state, reader.config)
-    return reader
+    return read_saved_run(reader)
 
 
 def _find_saves(config: Config) -> list[tuple[int, Path]]:

@@ -24,7 +24,7 @@ from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.attention_choice import choose_backend
 from megatron.training.batches import BatchReader, reads_data
-from megatron.training.changes import read_progress, run_phases, saved_choices
+from megatron.training.changes import run_phases, saved_choices
 from megatron.training.data_identity import agree_on_data
 from megatron.training.engine_choice import build_engine, check_engine
 from megatron.training.findings import compare_findings, find_orders, read_data
@@ -101,7 +101,7 @@ class _Run:
         # Before the model is built: what is wrong with the data is known soon.
         findings = read_data(config, reads=reads_data(launch), group=world)
         data = agree_on_data(config, findings, tokenizer, newest, world)
-        consumed = 0 if newest is None else read_progress(newest).consumed_samples
+        consumed = 0 if newest is None else newest.progress.consumed_samples
         phases = run_phases(config, newest, same_data=data.is_same)
         needed = _needed_samples(config, phases)
         findings = find_orders(config, needed, findings, reads=reads_data(launch), group=world)

@@ -11,7 +11,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,14 @@ class Reader:
     program: str
     arguments: Callable[[Path], list[str]]
     codes: tuple[int, ...]
+
+    def given(self, kind: str, name: str, plant: Callable[[Path], object]) -> Case:
+        """The case of this program on a copy that ``plant`` has changed."""
+        return Case(kind, name, plant, self.program, self.arguments, self.codes)
+
+
+def _writes(file: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes(content)
 
 
 def _train(codes: tuple[int, ...], run: str = "run", **changes: object) -> Reader:
@@ -128,11 +136,7 @@ def _planted(
 
     def case(name: str, content: Any) -> Case:
         reader = readers[next(turn) % len(readers)]
-
-        def plant(folder: Path) -> None:
-            (folder / file).write_bytes(dump(content))
-
-        return Case(kind, f"{file}: {name}", plant, reader.program, reader.arguments, reader.codes)
+        return reader.given(kind, f"{file}: {name}", _writes(file, dump(content)))
 
     for place in places(whole):
         where = ".".join(map(str, place))
@@ -164,24 +168,10 @@ def _configs(specimen: Path, outside: Outside) -> Iterator[Case]:
     whole = yaml.safe_load((specimen / "run.yaml").read_text())
     for number, place in enumerate(places(whole)):
         reader, content = readers[number % len(readers)], dump(put(whole, place, _TAG))
-        yield Case(
-            "YAML tag",
-            ".".join(map(str, place)),
-            lambda folder, content=content: (folder / "run.yaml").write_bytes(content),
-            reader.program,
-            reader.arguments,
-            reader.codes,
-        )
+        yield reader.given("YAML tag", ".".join(map(str, place)), _writes("run.yaml", content))
     for name, text in _yaml_texts(outside).items():
         for reader in readers:
-            yield Case(
-                "YAML text",
-                name,
-                lambda folder, text=text: (folder / "run.yaml").write_text(text),
-                reader.program,
-                reader.arguments,
-                reader.codes,
-            )
+            yield reader.given("YAML text", name, _writes("run.yaml", text.encode()))
 
 
 def _yaml_texts(outside: Outside) -> dict[str, str]:
@@ -281,7 +271,7 @@ def _shards(specimen: Path, outside: Outside) -> Iterator[Case]:
 
 def _shard(name: str, number: int, plant: Callable[[Path], object]) -> Case:
     reader = (RESUME, GENERATE, VERIFY, CONVERT)[number % 4]
-    return Case("shard", name, plant, reader.program, reader.arguments, reader.codes)
+    return reader.given("shard", name, plant)
 
 
 def _resealed(specimen: Path) -> Callable[[Path, str, bytes], None]:
@@ -320,14 +310,7 @@ def _indices(specimen: Path, outside: Outside) -> Iterator[Case]:
         for value in (0, 1, 2 ** (bits - 1), 2**bits - 1, 2 ** (bits // 2)):
             content = bytearray(data)
             content[offset : offset + bits // 8] = value.to_bytes(bits // 8, "little")
-            yield Case(
-                "index",
-                f"{name} {value}",
-                lambda folder, content=bytes(content): (folder / "text.idx").write_bytes(content),
-                FRESH.program,
-                FRESH.arguments,
-                FRESH.codes,
-            )
+            yield FRESH.given("index", f"{name} {value}", _writes("text.idx", bytes(content)))
 
 
 def _descriptions(specimen: Path, outside: Outside) -> Iterator[Case]:
@@ -348,16 +331,7 @@ def _json(value: Any) -> bytes:
 def _caches(specimen: Path, outside: Outside) -> Iterator[Case]:
     for path in sorted(specimen.glob("*.npy")):
         for name, content in _hostile_arrays(path.read_bytes(), outside):
-            yield Case(
-                "kept array",
-                f"{path.name}: {name}",
-                lambda folder, name=path.name, content=content: (folder / name).write_bytes(
-                    content
-                ),
-                FRESH.program,
-                FRESH.arguments,
-                FRESH.codes,
-            )
+            yield FRESH.given("kept array", f"{path.name}: {name}", _writes(path.name, content))
 
 
 def _hostile_arrays(data: bytes, outside: Outside) -> Iterator[tuple[str, bytes]]:
@@ -396,13 +370,10 @@ def _tokenizers(specimen: Path, outside: Outside) -> Iterator[Case]:
         yield from _planted(kind, file, [reader], json.loads, _json, specimen, outside)
     for name, change in _tokenizer_changes(outside).items():
         config = {**json.loads((specimen / "tok/tokenizer_config.json").read_text()), **change}
-        yield Case(
+        yield of_folder.given(
             "tokenizer folder",
             f"tokenizer_config.json: {name}",
             lambda folder, config=config: _with_code(folder / "tok", config, outside),
-            of_folder.program,
-            of_folder.arguments,
-            of_folder.codes,
         )
 
 
@@ -443,14 +414,8 @@ def _sentencepieces(specimen: Path, outside: Outside) -> Iterator[Case]:
             content[place] = random.integers(256)
         if number % 4 == 0:
             content = content[: random.integers(len(data))]
-        yield Case(
-            "sentencepiece model",
-            f"bytes changed, {number}",
-            lambda folder, content=bytes(content): (folder / "spm.model").write_bytes(content),
-            reader.program,
-            reader.arguments,
-            reader.codes,
-        )
+        plant = _writes("spm.model", bytes(content))
+        yield reader.given("sentencepiece model", f"bytes changed, {number}", plant)
 
 
 def _metrics(specimen: Path, outside: Outside) -> Iterator[Case]:
@@ -464,14 +429,9 @@ def _metrics(specimen: Path, outside: Outside) -> Iterator[Case]:
                 content = _line(put(record, place, value))
                 new = b"\n".join([*lines[:number], content, *lines[number + 1 :]]) + b"\n"
                 reader = REPORT if turn % 2 == 0 else _train((DATA, CHECKPOINT, DISK))
-                yield Case(
-                    "metrics",
-                    f"{event}: {name} at {'.'.join(map(str, place))}",
-                    lambda folder, new=new: (folder / "run/metrics.jsonl").write_bytes(new),
-                    reader.program,
-                    reader.arguments,
-                    reader.codes,
-                )
+                where = ".".join(map(str, place))
+                plant = _writes("run/metrics.jsonl", new)
+                yield reader.given("metrics", f"{event}: {name} at {where}", plant)
 
 
 def _line(record: Any) -> bytes:
@@ -496,14 +456,7 @@ def _corpora(specimen: Path, outside: Outside) -> Iterator[Case]:
 
 
 def _corpus(name: str, file: str, content: bytes) -> Case:
-    return Case(
-        "corpus",
-        f"{file}: {name}",
-        lambda folder: (folder / "corpus" / file).write_bytes(content),
-        TOKENIZER.program,
-        TOKENIZER.arguments,
-        TOKENIZER.codes,
-    )
+    return TOKENIZER.given("corpus", f"{file}: {name}", _writes(f"corpus/{file}", content))
 
 
 def _scripts(specimen: Path, outside: Outside) -> Iterator[Case]:
@@ -547,14 +500,7 @@ def _scripts(specimen: Path, outside: Outside) -> Iterator[Case]:
 
 
 def _script(name: str, text: str) -> Case:
-    return Case(
-        "launch script",
-        name,
-        lambda folder: (folder / "train.sh").write_text(text),
-        MIGRATE.program,
-        MIGRATE.arguments,
-        MIGRATE.codes,
-    )
+    return MIGRATE.given("launch script", name, _writes("train.sh", text.encode()))
 
 
 def _deepspeed(specimen: Path, outside: Outside) -> Iterator[Case]:
@@ -586,15 +532,8 @@ def _environments(specimen: Path, outside: Outside) -> Iterator[Case]:
     for variable in sound:
         for name, value in values(outside):
             text = value if isinstance(value, str) else json.dumps(value)
-            yield Case(
-                "environment",
-                f"{name} for {variable}",
-                lambda folder: None,
-                reader.program,
-                reader.arguments,
-                reader.codes,
-                {**sound, variable: text},
-            )
+            case = reader.given("environment", f"{name} for {variable}", lambda folder: None)
+            yield replace(case, env={**sound, variable: text})
 
 
 def _replaced_files(specimen: Path, outside: Outside) -> Iterator[Case]:
@@ -604,23 +543,16 @@ def _replaced_files(specimen: Path, outside: Outside) -> Iterator[Case]:
     for path in found:
         file = path.relative_to(specimen).as_posix()
         for reader in _readers_of(file):
-            for name, replace in files(outside):
+            for name, make in files(outside):
 
-                def plant(folder: Path, file: str = file, replace: Any = replace) -> None:
+                def plant(folder: Path, file: str = file, make: Any = make) -> None:
                     target = folder / file
                     if target.is_dir():
                         shutil.rmtree(target)
                     target.unlink(missing_ok=True)
-                    replace(target)
+                    make(target)
 
-                yield Case(
-                    "replaced file",
-                    f"{file} by {name}",
-                    plant,
-                    reader.program,
-                    reader.arguments,
-                    reader.codes,
-                )
+                yield reader.given("replaced file", f"{file} by {name}", plant)
 
 
 def _readers_of(file: str) -> list[Reader]:

@@ -70,7 +70,7 @@ def save_and_choose(config: Config) -> AttentionChoice:
     newest = open_newest(config)
     assert newest is not None
     # Where the config leaves the choice open; this machine could not measure anything.
-    return choose_backend(config, torch.device("cuda"), newest.state, group=None)
+    return choose_backend(config, torch.device("cuda"), newest.reader.state, group=None)
 
 
 def checkpoints(config: Config, engine: Engine) -> RunCheckpoints:
