@@ -16,8 +16,8 @@ from mpu.mappings import (
 from mpu.products import PLAIN, Products, set_main_grad
 from mpu.rng import RngStreams, dropout, init_normal
 from mpu.sharding import (
-    HeldBox,
-    Piece,
+    Box,
+    ShardedTensor,
     ShardSpec,
     mark_whole,
     replace_parameters,
@@ -27,16 +27,16 @@ from mpu.sharding import (
 
 __all__ = [
     "Axis",
+    "Box",
     "ColumnParallelLinear",
     "PLAIN",
-    "HeldBox",
     "ParallelDims",
     "ParallelGroups",
-    "Piece",
     "Products",
     "RngStreams",
     "RowParallelLinear",
     "ShardSpec",
+    "ShardedTensor",
     "VocabParallelEmbedding",
     "broadcast_batch",
     "build_groups",

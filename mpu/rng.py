@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpu.sharding import Piece, shard_spec
+from mpu.sharding import Box, shard_spec
 
 # The constants of splitmix64, as torch's signed integers.
 _INCREMENT = 0x9E3779B97F4A7C15 - 2**64
@@ -104,15 +104,16 @@ def init_normal(
     parameter.zero_()
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
-    for piece in shard_spec(parameter).pieces(rank, size):
-        _fill_piece(parameter[piece.local_slices], piece, key, std)
+    for box in shard_spec(parameter).boxes(parameter, rank, size):
+        _fill(box, key, std)
 
 
-def _fill_piece(out: Tensor, piece: Piece, key: int, std: float) -> None:
-    """Fill the box ``piece`` of a one- or two-dimensional whole tensor."""
+def _fill(box: Box, key: int, std: float) -> None:
+    """Fill ``box`` of a one- or two-dimensional whole tensor."""
+    out = box.tensor
     rows = out.unsqueeze(0) if out.dim() == 1 else out
-    first_row = piece.start[0] if out.dim() == 2 else 0
-    first_column, num_columns = piece.start[-1], piece.shape[-1]
+    first_row = box.start[0] if out.dim() == 2 else 0
+    first_column, num_columns = box.start[-1], out.size(-1)
     step = max(1, _INIT_ELEMENTS // num_columns)
     for start in range(0, rows.size(0), step):
         part = rows[start : start + step]

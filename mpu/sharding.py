@@ -1,4 +1,4 @@
-"""ShardSpec: how a parameter is cut over the tensor axis.
+"""How a parameter is cut over the ranks (ShardSpec), and what a rank holds of it (ShardedTensor).
 
 Every parameter of a parallel model carries one. Initialisation, the gradient norm, checkpoints and
 exports all read it, so that nothing else has to know, or guess from a name, what a rank holds.
@@ -17,50 +17,81 @@ of each of them. Drawn for two ranks:
 
 If the length of the dimension does not divide, the last ranks hold padding: rows that belong to no
 logical position, and that stay zero.
+
+What a rank holds of a tensor, a weight or a moment of the optimizer, is a set of boxes of the whole
+tensor. Optimizers keep parameters flat and cut them where it suits them, over tensors that are cut
+over the tensor ranks themselves; that makes boxes too:
+
+    a matrix of 3 columns     [ 0 1 2 ]        elements 2 to 8, flat,
+                              [ 3 4 5 ]        are the boxes [2], [3 4 5; 6 7 8]
+                              [ 6 7 8 ]
+
+Optimizer, engines, replica check and checkpoints all speak of boxes, and know nothing of layouts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Self
+from math import prod
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of the whole tensor, and where it lies in a rank's local tensor.
-
-    Attributes:
-        start: first index of the box in the whole tensor, for each dimension.
-        shape: extent of the box, for each dimension.
-        local_start: first index of the box in the local tensor, for each dimension.
-    """
-
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-    local_start: tuple[int, ...]
-
-    @property
-    def local_slices(self) -> tuple[slice, ...]:
-        """What to index the local tensor with."""
-        return tuple(
-            slice(first, first + n) for first, n in zip(self.local_start, self.shape, strict=True)
-        )
+from mpu.groups import Axis, ParallelGroups
 
 
 @dataclass(frozen=True)
-class HeldBox:
-    """A box of the whole tensor, and what holds it on this rank.
+class Box:
+    """A box of a whole tensor, with its values on this rank.
 
     Attributes:
         start: first index of the box in the whole tensor, for each dimension.
-        tensor: of the shape of the box. Writing to it changes what is held.
+        tensor: the values, of the shape of the box. Writing to it changes what the rank holds.
     """
 
     start: tuple[int, ...]
     tensor: Tensor
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """What this rank holds of one tensor of the training state.
+
+    Attributes:
+        kind: "weight", "exp_avg" or "exp_avg_sq".
+        name: of the parameter that it belongs to.
+        shape: of the whole tensor.
+        boxes: what this rank holds, none of it empty, in no order; there may be none.
+        owned: whether this rank saves the boxes; of the ranks that hold equal ones, one does.
+        replicated_over: axes of the rank grid along which all ranks hold equal boxes; along
+            embedding, the same together with their data ranks.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    owned: bool
+    replicated_over: tuple[Axis, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the tensor in a training state."""
+        return self.kind, self.name
+
+    @property
+    def dtype_name(self) -> str | None:
+        """As in "float32"; None where nothing is held."""
+        return str(self.boxes[0].tensor.dtype).removeprefix("torch.") if self.boxes else None
+
+
+class _Cut(NamedTuple):
+    """A box of the whole tensor, and where it begins in a rank's local tensor."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    local_start: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -101,22 +132,63 @@ class ShardSpec:
         before, after = self.shape[: self.dim], self.shape[self.dim + 1 :]
         return (*before, self.blocks * self.run(size), *after)
 
-    def pieces(self, rank: int, size: int) -> list[Piece]:
-        """The boxes of the whole tensor that tensor rank ``rank`` of ``size`` holds.
+    def boxes(self, local: Tensor, rank: int, size: int) -> tuple[Box, ...]:
+        """The boxes of tensor rank ``rank`` of ``size``, in its tensor ``local``.
 
         One for each block; fewer where a rank holds nothing but padding.
         """
+        origin = (0,) * local.dim()
+        return tuple(
+            box for cut in self._cuts(rank, size) for box in _intersect(origin, local, cut)
+        )
+
+    def flat_boxes(self, start: int, flat: Tensor, rank: int, size: int) -> Iterator[Box]:
+        """The boxes in ``flat``: some of the elements of the flattened local tensor of one or two
+        dimensions, from element ``start`` on."""
+        for box_start, box in _unflatten(self.local_shape(size), start, flat):
+            for cut in self._cuts(rank, size):
+                yield from _intersect(box_start, box, cut)
+
+    def is_main_replica(self, groups: ParallelGroups) -> bool:
+        """Whether this rank's part counts for the norm, and is saved.
+
+        Each element of the whole tensor does on one rank of the model: of a replicated parameter on
+        the first tensor rank, of a tied one on the first stage. What the data ranks hold is another
+        question.
+        """
+        return not self.tied_copy and (self.dim is not None or groups.tensor.rank() == 0)
+
+    def sharded_tensor(
+        self,
+        kind: str,
+        name: str,
+        boxes: Iterable[Box],
+        groups: ParallelGroups,
+        *,
+        cut_over_data: bool,
+    ) -> ShardedTensor:
+        """What this rank holds of a tensor that is cut as this parameter.
+
+        Args:
+            boxes: what this rank holds.
+            cut_over_data: the data ranks hold a part each; otherwise they all hold the same.
+        """
+        replicated_over: list[Axis] = []
+        if self.dim is None:
+            replicated_over.append("tensor")
+        if not cut_over_data:
+            replicated_over.append("data")
+        if self.tied:
+            replicated_over.append("embedding")
+        owned = (cut_over_data or groups.data.rank() == 0) and self.is_main_replica(groups)
+        return ShardedTensor(kind, name, self.shape, tuple(boxes), owned, tuple(replicated_over))
+
+    def _cuts(self, rank: int, size: int) -> Iterator[_Cut]:
         if self.dim is None:
             zeros = (0,) * len(self.shape)
-            return [Piece(start=zeros, shape=self.shape, local_start=zeros)]
-        return list(self._cut_pieces(self.dim, rank, size))
-
-    def boxes(self, local: Tensor, rank: int, size: int) -> tuple[HeldBox, ...]:
-        """The pieces of tensor rank ``rank`` of ``size``, in its tensor ``local``."""
-        pieces = self.pieces(rank, size)
-        return tuple(HeldBox(piece.start, local[piece.local_slices]) for piece in pieces)
-
-    def _cut_pieces(self, dim: int, rank: int, size: int) -> Iterator[Piece]:
+            yield _Cut(start=zeros, shape=self.shape, local_start=zeros)
+            return
+        dim = self.dim
         block_length = self.shape[dim] // self.blocks
         run = self.run(size)
         first = rank * run
@@ -124,7 +196,7 @@ class ShardSpec:
         if length <= 0:
             return
         for block in range(self.blocks):
-            yield Piece(
+            yield _Cut(
                 start=self._at(dim, block * block_length + first),
                 shape=(*self.shape[:dim], length, *self.shape[dim + 1 :]),
                 local_start=self._at(dim, block * run),
@@ -225,3 +297,42 @@ def replace_parameters(
             if spec is not None:
                 set_shard_spec(new, spec)
             part.register_parameter(name, new)
+
+
+def _unflatten(
+    shape: Sequence[int], start: int, flat: Tensor
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Boxes, with their starts, of elements from ``start`` on of a flattened tensor of ``shape``.
+
+    Those are the end of a row, whole rows, and the beginning of a row.
+    """
+    width = prod(shape[1:])
+    stop = start + flat.numel()
+    head_stop = min(stop, -(-start // width) * width)
+    body_stop = max(head_stop, stop // width * width)
+    for first, last in ((start, head_stop), (head_stop, body_stop), (body_stop, stop)):
+        if first == last:
+            continue
+        part = flat[first - start : last - start]
+        if len(shape) == 1:
+            yield (first,), part
+        else:
+            row, column = divmod(first, width)
+            yield (row, column), part.view(-1, min(width, last - first))
+
+
+def _intersect(start: tuple[int, ...], box: Tensor, cut: _Cut) -> Iterator[Box]:
+    """The part of a box of the local tensor that lies in ``cut``, if there is one."""
+    ends = [a + n for a, n in zip(start, box.shape, strict=True)]
+    firsts = [max(a, b) for a, b in zip(start, cut.local_start, strict=True)]
+    lasts = [min(end, b + n) for end, b, n in zip(ends, cut.local_start, cut.shape, strict=True)]
+    if any(first >= last for first, last in zip(firsts, lasts, strict=True)):
+        return
+    inside = tuple(
+        slice(first - a, last - a) for first, last, a in zip(firsts, lasts, start, strict=True)
+    )
+    whole_start = tuple(
+        first - b + whole
+        for first, b, whole in zip(firsts, cut.local_start, cut.start, strict=True)
+    )
+    yield Box(whole_start, box[inside])

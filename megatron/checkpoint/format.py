@@ -38,7 +38,6 @@ import numpy as np
 
 from megatron.errors import CheckpointError
 from megatron.hashing import HASH_DIGITS, digest
-from mpu.sharding import HeldBox
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -55,37 +54,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class StateTensor:
-    """What one rank holds of one tensor of the state.
-
-    Attributes:
-        kind: "weight", "exp_avg" or "exp_avg_sq".
-        name: logical name of the parameter.
-        shape: shape of the whole tensor.
-        boxes: what this rank holds, none of it empty; there may be none.
-        owned: whether this rank saves the boxes; of the ranks with equal ones, exactly one does.
-    """
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    boxes: tuple[HeldBox, ...]
-    owned: bool
-
-    @property
-    def key(self) -> TensorKey:
-        """What identifies the tensor in a save."""
-        return self.kind, self.name
-
-    @property
-    def dtype(self) -> str | None:
-        """Name of the dtype, as in "float32"; None where nothing is held."""
-        names = [str(box.tensor.dtype).removeprefix("torch.") for box in self.boxes]
-        return names[0] if names else None
-
-
-@dataclass(frozen=True)
-class Box:
+class StoredBox:
     """A box of a stored tensor, and the tensor of a safetensors file that holds it."""
 
     file: str
@@ -102,7 +71,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    boxes: tuple[Box, ...]
+    boxes: tuple[StoredBox, ...]
 
     @property
     def key(self) -> TensorKey:
@@ -210,7 +179,7 @@ def _parse_tensor(table: object) -> StoredTensor:
         shape=_sizes(table, "shape", least=1),
         dtype=_field(table, "dtype", str),
         boxes=tuple(
-            Box(
+            StoredBox(
                 file=_field(box, "file", str),
                 key=_field(box, "key", str),
                 start=_sizes(box, "start", least=0),
@@ -282,7 +251,7 @@ def _check_tiling(tensor: StoredTensor) -> None:
         raise ValueError(f"{tensor.key}: the boxes do not tile shape {tensor.shape} exactly once")
 
 
-def _overlap(boxes: Sequence[Box]) -> bool:
+def _overlap(boxes: Sequence[StoredBox]) -> bool:
     """Whether two of the boxes, of one number of dimensions, share an element."""
     if len(boxes) < 2:
         return False

@@ -22,9 +22,8 @@ from torch.distributed import ProcessGroup
 
 from megatron.checkpoint.folders import find_fault, step_folders
 from megatron.checkpoint.format import (
-    Box,
     Manifest,
-    StateTensor,
+    StoredBox,
     StoredTensor,
     TensorKey,
     find_member,
@@ -33,7 +32,7 @@ from megatron.checkpoint.format import (
 from megatron.checkpoint.verify import find_damages
 from megatron.errors import CheckpointError
 from megatron.together import gather_on_first, run_everywhere, run_on_first, run_together
-from mpu.sharding import HeldBox
+from mpu.sharding import Box, ShardedTensor
 
 # So many names are listed where tensors are missing or unexpected.
 NUM_NAMES = 5
@@ -121,11 +120,11 @@ class CheckpointReader:
         if stored is None:
             raise CheckpointError(f"{self.path}: holds no {kind} of {name!r}")
         tensor = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
-        whole = HeldBox((0,) * len(stored.shape), tensor)
-        self._fill([StateTensor(kind, name, stored.shape, (whole,), owned=True)])
+        whole = Box((0,) * len(stored.shape), tensor)
+        self._fill([ShardedTensor(kind, name, stored.shape, (whole,), owned=True)])
         return tensor
 
-    def read_into(self, targets: Iterable[StateTensor]) -> None:
+    def read_into(self, targets: Iterable[ShardedTensor]) -> None:
         """Fill the boxes of every target, from whatever layout saved them.
 
         Collective over the group that the save was opened with. The ranks' targets together must be
@@ -136,7 +135,7 @@ class CheckpointReader:
         """
         self._read(list(targets), set(self.tensors), exact=True)
 
-    def read_weights_into(self, targets: Iterable[StateTensor]) -> None:
+    def read_weights_into(self, targets: Iterable[ShardedTensor]) -> None:
         """Fill the weights of a model as ``read_into`` does, and leave the optimizer's state alone.
 
         Collective like it. The values are rounded to the dtype of the target.
@@ -147,22 +146,25 @@ class CheckpointReader:
         weights = {key for key in self.tensors if key[0] == "weight"}
         self._read(list(targets), weights, exact=False)
 
-    def _read(self, targets: Sequence[StateTensor], stored: set[TensorKey], *, exact: bool) -> None:
+    def _read(
+        self, targets: Sequence[ShardedTensor], stored: set[TensorKey], *, exact: bool
+    ) -> None:
         """Fill ``targets``, which must be ``stored``; with equal dtypes if ``exact``."""
         keys = gather_on_first(lambda: self._check_targets(targets, exact), self._group)
         run_on_first(lambda: self._check_names(set().union(*keys), stored), self._group)
         run_everywhere(lambda: self._fill(targets), self._group)
 
-    def _check_targets(self, targets: Sequence[StateTensor], exact: bool) -> set[TensorKey]:
+    def _check_targets(self, targets: Sequence[ShardedTensor], exact: bool) -> set[TensorKey]:
         for target in targets:
             stored = self.tensors.get(target.key)
             if stored is None:
                 continue
-            same_dtype = target.dtype in (stored.dtype, None) or not exact
+            same_dtype = target.dtype_name in (stored.dtype, None) or not exact
             if target.shape != stored.shape or not same_dtype:
                 raise CheckpointError(
                     f"{self.path}: {target.kind} of {target.name} is {stored.dtype} of shape "
-                    f"{stored.shape}, but the model's is {target.dtype} of shape {target.shape}"
+                    f"{stored.shape}, but the model's is {target.dtype_name} of shape "
+                    f"{target.shape}"
                 )
         return {target.key for target in targets}
 
@@ -173,7 +175,7 @@ class CheckpointReader:
                 f"{_some(wanted - stored)}\nMissing in the model: {_some(stored - wanted)}"
             )
 
-    def _fill(self, targets: Iterable[StateTensor]) -> None:
+    def _fill(self, targets: Iterable[ShardedTensor]) -> None:
         copies: defaultdict[str, list[_Copy]] = defaultdict(list)
         for target in targets:
             for box in self.tensors[target.key].boxes:
@@ -192,7 +194,7 @@ def _run_copies(path: Path, copies: Iterable[_Copy]) -> None:
             copy.target.copy_(file.get_slice(copy.key)[copy.source])
 
 
-def _copies(box: Box, target: StateTensor) -> list[_Copy]:
+def _copies(box: StoredBox, target: ShardedTensor) -> list[_Copy]:
     """What to copy from ``box`` to the boxes of ``target``."""
     copies = []
     for held in target.boxes:

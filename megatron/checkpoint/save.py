@@ -34,9 +34,8 @@ from megatron.checkpoint.folders import (
 from megatron.checkpoint.format import (
     JSON,
     MANIFEST,
-    Box,
     Manifest,
-    StateTensor,
+    StoredBox,
     StoredFile,
     StoredTensor,
     TensorKey,
@@ -47,6 +46,7 @@ from megatron.checkpoint.format import (
 from megatron.errors import CheckpointError, DiskError
 from megatron.hashing import hash_file
 from megatron.together import gather_on_first, run_on_first
+from mpu.sharding import ShardedTensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Part:
 def save_checkpoint(
     folder: Path,
     step: int,
-    tensors: Iterable[StateTensor],
+    tensors: Iterable[ShardedTensor],
     *,
     state: Mapping[str, JSON],
     config: Mapping[str, JSON],
@@ -106,7 +106,7 @@ def save_checkpoint(
     return target
 
 
-def _num_bytes(owned: Sequence[StateTensor]) -> int:
+def _num_bytes(owned: Sequence[ShardedTensor]) -> int:
     return sum(box.tensor.nbytes for state in owned for box in state.boxes)
 
 
@@ -133,7 +133,7 @@ def _prepare(target: Path, needed: int, guard: Callable[[], None]) -> Path:
     return temporary
 
 
-def _write_part(temporary: Path, rank: int, owned: Sequence[StateTensor]) -> _Part:
+def _write_part(temporary: Path, rank: int, owned: Sequence[ShardedTensor]) -> _Part:
     """Write the boxes of ``owned`` as one file."""
     name = f"rank-{rank:05d}.safetensors"
     stored = [_describe(state, name) for state in owned if state.boxes]
@@ -145,22 +145,24 @@ def _write_part(temporary: Path, rank: int, owned: Sequence[StateTensor]) -> _Pa
         return _Part(tensors=stored, files={name: _seal(path)})
 
 
-def _describe(state: StateTensor, file: str) -> StoredTensor:
+def _describe(state: ShardedTensor, file: str) -> StoredTensor:
     boxes = (
-        Box(file=file, key=_box_key(state, index), start=box.start, shape=tuple(box.tensor.shape))
+        StoredBox(
+            file=file, key=_box_key(state, index), start=box.start, shape=tuple(box.tensor.shape)
+        )
         for index, box in enumerate(state.boxes)
     )
-    assert state.dtype is not None
-    return StoredTensor(state.kind, state.name, state.shape, state.dtype, tuple(boxes))
+    assert state.dtype_name is not None
+    return StoredTensor(state.kind, state.name, state.shape, state.dtype_name, tuple(boxes))
 
 
-def _boxes(owned: Sequence[StateTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _boxes(owned: Sequence[ShardedTensor]) -> Iterator[tuple[str, torch.Tensor]]:
     for state in owned:
         for index, box in enumerate(state.boxes):
             yield _box_key(state, index), box.tensor.detach().contiguous()
 
 
-def _box_key(state: StateTensor, index: int) -> str:
+def _box_key(state: ShardedTensor, index: int) -> str:
     return f"{state.kind}/{state.name}/{index}"
 
 

@@ -13,8 +13,7 @@ import torch
 
 from megatron.errors import NonFiniteError
 from megatron.model.inputs import ModelInputs
-from megatron.optim.held import Held
-from mpu import Axis, HeldBox
+from mpu import ShardedTensor
 
 
 @dataclass(frozen=True)
@@ -36,41 +35,7 @@ class StepResult:
     skipped_steps: int = 0
 
 
-@dataclass(frozen=True)
-class NamedState:
-    """What this rank holds of one tensor of the training state, whichever engine holds it.
-
-    Attributes:
-        name: of the parameter that it belongs to.
-        kind: "weight", "exp_avg" or "exp_avg_sq".
-        shape: of the whole tensor.
-        boxes: what this rank holds of it; there may be none.
-        owned: this rank saves the boxes; of the ranks that hold equal ones, exactly one does.
-        copied_over: axes of the rank grid along which all ranks hold equal boxes; along embedding,
-            the same together with their data ranks.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    boxes: tuple[HeldBox, ...]
-    owned: bool
-    copied_over: tuple[Axis, ...] = ()
-
-
-def named(held: Held, kind: str) -> NamedState:
-    """What a rank holds of a parameter, as its state of that kind."""
-    return NamedState(
-        name=held.name,
-        kind=kind,
-        shape=held.spec.shape,
-        boxes=held.boxes,
-        owned=held.owned,
-        copied_over=held.copied_over,
-    )
-
-
-def non_finite(result: StepResult) -> NonFiniteError:
+def non_finite_error(result: StepResult) -> NonFiniteError:
     """The error of a step that was not made, and whose loss scale cannot be lowered."""
     return NonFiniteError(
         f"loss {result.loss} and gradient norm {result.grad_norm} must be finite; "
@@ -79,7 +44,7 @@ def non_finite(result: StepResult) -> NonFiniteError:
     )
 
 
-Read: TypeAlias = Callable[[Sequence[NamedState]], None]
+Read: TypeAlias = Callable[[Sequence[ShardedTensor]], None]
 """Fills the boxes of the state, which may be copies, to be written back afterwards."""
 
 
@@ -112,7 +77,7 @@ class Engine(ABC):
         """Mean loss over all tokens of all ranks, without dropout."""
 
     @abstractmethod
-    def named_state(self) -> list[NamedState]:
+    def state(self) -> list[ShardedTensor]:
         """Weights and optimizer state, in full precision."""
 
     @abstractmethod
@@ -121,7 +86,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load_state(self, read: Read, scalars: Mapping[str, float]) -> None:
-        """Let ``read`` write to the boxes of ``named_state``, and take over that and ``scalars``.
+        """Let ``read`` write to the boxes of ``state``, and take over that and ``scalars``.
 
         What ``read`` raises is passed on.
         """

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config import Backend, Config
-from megatron.engine.base import Engine, NamedState, Read, StepResult, named, non_finite
+from megatron.engine.base import Engine, Read, StepResult, non_finite_error
 from megatron.engine.pipeline import Pipeline
 from megatron.model.init import build_model, init_parameter
 from megatron.model.inputs import ModelInputs
@@ -20,7 +20,7 @@ from megatron.optim.adamw import MOMENTS, build_adamw, moment, set_step, update
 from megatron.optim.flat_parameters import FlatParameters
 from megatron.optim.loss_scaler import LossScaler
 from megatron.optim.parameters import Parameters
-from mpu import ParallelGroups, RngStreams
+from mpu import ParallelGroups, RngStreams, ShardedTensor
 from mpu.deferral import DeferringProducts
 
 
@@ -108,11 +108,11 @@ class TorchEngine(Engine):
         loss_sum, weight_sum = self._sum_over_run(loss, batches)
         return float(loss_sum / weight_sum.clamp(min=1))
 
-    def named_state(self) -> list[NamedState]:
+    def state(self) -> list[ShardedTensor]:
         return [
-            named(held, kind)
+            tensor
             for kind in ("weight", *MOMENTS)
-            for held in self._parameters.held(self._state_of(kind))
+            for tensor in self._parameters.state(kind, self._state_of(kind))
         ]
 
     def state_bytes(self) -> StateBytes:
@@ -131,8 +131,8 @@ class TorchEngine(Engine):
         return {"updates": self._updates, **scaler}
 
     def load_state(self, read: Read, scalars: Mapping[str, float]) -> None:
-        read(self.named_state())
-        self._parameters.publish()
+        read(self.state())
+        self._parameters.sync_weights()
         self._updates = int(scalars["updates"])
         set_step(self._optimizer, self._updates)
         # A save of another precision has no scale: then the initial one is as good as any.
@@ -181,7 +181,7 @@ class TorchEngine(Engine):
         self._parameters.scale_gradients(gradient_factor)
         skip = (~measured.isfinite().all()).float()
         update(self._optimizer, lr, skip)
-        self._parameters.publish()
+        self._parameters.sync_weights()
 
     def _checked(self, result: StepResult) -> StepResult:
         """Count an update; let the loss scale follow an overflow, or end the run."""
@@ -189,7 +189,7 @@ class TorchEngine(Engine):
         self._updates += finite
         can_scale = self._scaler is not None and not self._scaler.is_least
         if not finite and not can_scale:
-            raise non_finite(result)
+            raise non_finite_error(result)
         if self._scaler is None:
             return result
         scale = self._scaler.scale

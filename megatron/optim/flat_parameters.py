@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.optim.held import Held, counts, flat_boxes, held_by
 from megatron.optim.parameters import Fill, Parameters
 from mpu import (
-    HeldBox,
+    Box,
     ParallelGroups,
+    ShardedTensor,
     ShardSpec,
     replace_parameters,
     set_main_grad,
@@ -126,16 +126,19 @@ class FlatParameters(Parameters):
         decayed = [main.parameter for main in self._mains if main.decays]
         return decayed, [main.parameter for main in self._mains if not main.decays]
 
-    def held(self, of: Callable[[nn.Parameter], Tensor]) -> Iterator[Held]:
+    def state(self, kind: str, of: Callable[[nn.Parameter], Tensor]) -> Iterator[ShardedTensor]:
+        tensor = self._groups.tensor
         for entry in self._entries:
-            boxes: list[HeldBox] = []
+            boxes: list[Box] = []
             for main in self._mains:
                 first, stop = max(entry.start, main.start), min(entry.stop, main.stop)
                 if first < stop:
                     flat = of(main.parameter).detach()[first - main.start : stop - main.start]
-                    boxes += flat_boxes(entry.spec, self._groups, first - entry.start, flat)
-            yield held_by(
-                self._groups, entry.name, entry.spec, boxes, cut_over_data=self._cut_over_data
+                    boxes += entry.spec.flat_boxes(
+                        first - entry.start, flat, tensor.rank(), tensor.size()
+                    )
+            yield entry.spec.sharded_tensor(
+                kind, entry.name, boxes, self._groups, cut_over_data=self._cut_over_data
             )
 
     def weights(self) -> list[Tensor]:
@@ -163,14 +166,16 @@ class FlatParameters(Parameters):
             dist.all_reduce(self._gradients, group=groups.data)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         if self._main is not self._own_weights:
             self._own_weights.copy_(self._main)
         if self._shard:
             all_gather_in_place(self._weights, self._groups.data)
 
     def _counted(self) -> list[Tensor]:
-        own = (self._own(entry) for entry in self._entries if counts(entry.spec, self._groups))
+        own = (
+            self._own(entry) for entry in self._entries if entry.spec.is_main_replica(self._groups)
+        )
         return [self._gradients[first:stop] for first, stop in own if first < stop]
 
     @property

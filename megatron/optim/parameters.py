@@ -9,7 +9,7 @@
 The optimizer updates *main* parameters in fp32 (fp64 in a run of that precision). They are
 stretches of storage, cut where it suits the keeper; ``held`` tells which boxes of which logical
 parameter lie in them. The model computes with weights of its own precision, which follow by
-``publish``.
+``sync_weights``.
 """
 
 from abc import ABC, abstractmethod
@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.optim.held import Held
-from mpu import ParallelGroups
+from mpu import ParallelGroups, ShardedTensor
 
 Fill: TypeAlias = Callable[[str, nn.Parameter], None]
 """Gives this rank's part of the parameter of that name its value."""
@@ -63,8 +62,9 @@ class Parameters(ABC):
         """The main parameters with and without weight decay, each with its gradient."""
 
     @abstractmethod
-    def held(self, of: Callable[[nn.Parameter], Tensor]) -> Iterator[Held]:
-        """The boxes of every parameter in what ``of`` gives for the main ones, of their shapes."""
+    def state(self, kind: str, of: Callable[[nn.Parameter], Tensor]) -> Iterator[ShardedTensor]:
+        """What this rank holds of the state of that kind, which is what ``of`` gives for each main
+        parameter, of its shape."""
 
     @abstractmethod
     def weights(self) -> list[Tensor]:
@@ -83,7 +83,7 @@ class Parameters(ABC):
         """Sum the gradients over the data ranks, and over other ranks what they hold parts of."""
 
     @abstractmethod
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         """Let the model compute with the main parameters as they are now."""
 
     @abstractmethod

@@ -20,9 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from megatron.optim.held import Held, counts, flat_boxes, held_by
 from megatron.optim.parameters import Fill, Parameters
-from mpu import ParallelGroups, ShardSpec, set_shard_spec, shard_spec
+from mpu import Box, ParallelGroups, ShardedTensor, ShardSpec, set_shard_spec, shard_spec
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,15 @@ class ShardedParameters(Parameters):
         decayed = [entry.main for entry in held if entry.model.dim() > 1]
         return decayed, [entry.main for entry in held if entry.model.dim() == 1]
 
-    def held(self, of: Callable[[nn.Parameter], Tensor]) -> Iterator[Held]:
+    def state(self, kind: str, of: Callable[[nn.Parameter], Tensor]) -> Iterator[ShardedTensor]:
+        tensor = self._groups.tensor
         for entry in self._entries:
-            empty = entry.main.numel() == 0
-            flat = None if empty else of(entry.main).detach().view(-1)
-            boxes = () if flat is None else flat_boxes(entry.spec, self._groups, entry.start, flat)
-            yield held_by(
-                self._groups, entry.name, entry.spec, boxes, cut_over_data=self._cut_over_data
+            boxes: Iterable[Box] = ()
+            if entry.main.numel() > 0:
+                flat = of(entry.main).detach().view(-1)
+                boxes = entry.spec.flat_boxes(entry.start, flat, tensor.rank(), tensor.size())
+            yield entry.spec.sharded_tensor(
+                kind, entry.name, boxes, self._groups, cut_over_data=self._cut_over_data
             )
 
     def weights(self) -> list[Tensor]:
@@ -138,7 +139,7 @@ class ShardedParameters(Parameters):
             if gradients and group.size() > 1:
                 _sum_together(gradients, group)
 
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         """Nothing to do: FSDP gathers what the main parameters are."""
 
     def _counted(self) -> list[Tensor]:
@@ -147,7 +148,7 @@ class ShardedParameters(Parameters):
             for entry in self._entries
             if entry.main.grad is not None
             and entry.main.numel() > 0
-            and counts(entry.spec, self._groups)
+            and entry.spec.is_main_replica(self._groups)
         ]
 
     @property

@@ -213,7 +213,7 @@ def _count_parameters(models: Sequence[BloomForPretraining]) -> int:
 def _update_bytes(engine: TorchEngine) -> int:
     """What it takes to bring updated weights to all data ranks."""
     weights = [parameter for model in engine.models for parameter in model.parameters()]
-    state = [box.tensor for entry in engine.named_state() for box in entry.boxes]
+    state = [box.tensor for entry in engine.state() for box in entry.boxes]
     with LiveBytes(besides=[*weights, *state]) as live:
         engine.load_state(lambda _: None, engine.scalars())
     return live.peak

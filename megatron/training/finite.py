@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.checkpoint.format import StateTensor
 from megatron.errors import NonFiniteError
+from mpu import ShardedTensor
 
 Finding: TypeAlias = tuple[int, list[str]]
 """A rank, and what of its state is not finite."""
 
 
 def check_finite(
-    state: Iterable[StateTensor], device: torch.device, *, group: ProcessGroup | None
+    state: Iterable[ShardedTensor], device: torch.device, *, group: ProcessGroup | None
 ) -> None:
     """Refuse a state with a number that is none; see ``find_not_finite``. Collective.
 
@@ -35,7 +35,7 @@ def check_finite(
 
 
 def find_not_finite(
-    state: Iterable[StateTensor], device: torch.device, *, group: ProcessGroup | None
+    state: Iterable[ShardedTensor], device: torch.device, *, group: ProcessGroup | None
 ) -> str | None:
     """Look at every number of the state. Collective over ``group``: all ranks learn the same.
 
@@ -57,7 +57,7 @@ def find_not_finite(
     return _describe(gathered)
 
 
-def is_finite(entry: StateTensor) -> bool:
+def is_finite(entry: ShardedTensor) -> bool:
     """Whether all that this rank holds of a tensor is finite."""
     tensors = [box.tensor.detach() for box in entry.boxes if box.tensor.numel() > 0]
     # NaN is both the least and the greatest of what it is among.

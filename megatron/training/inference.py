@@ -10,7 +10,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron.checkpoint.folders import STEP_FOLDER, find_latest
-from megatron.checkpoint.format import MANIFEST, StateTensor
+from megatron.checkpoint.format import MANIFEST
 from megatron.checkpoint.load import CheckpointReader
 from megatron.config import Config, ModelConfig, ParallelConfig, config_from_dict
 from megatron.errors import CheckpointError, ConfigError, NonFiniteError
@@ -22,7 +22,7 @@ from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.finite import check_finite
 from megatron.training.run_folder import check_run_folder
 from megatron.training.saving import CHECKPOINTS, TOKENIZER
-from mpu import shard_spec
+from mpu import ShardedTensor, shard_spec
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -128,12 +128,12 @@ def _check_size(reader: CheckpointReader, config: ModelConfig) -> None:
         )
 
 
-def _weight_targets(model: BloomForPretraining) -> list[StateTensor]:
+def _weight_targets(model: BloomForPretraining) -> list[ShardedTensor]:
     """The parameters of ``model`` as what a reader fills."""
     group = model.placement.group
     targets = []
     for name, parameter in model.named_parameters():
         spec = shard_spec(parameter)
         boxes = spec.boxes(parameter.detach(), group.rank(), group.size())
-        targets.append(StateTensor("weight", name, spec.shape, boxes, owned=False))
+        targets.append(ShardedTensor("weight", name, spec.shape, boxes, owned=False))
     return targets

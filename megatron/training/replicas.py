@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.engine.base import Engine, NamedState
+from megatron.engine.base import Engine
 from megatron.errors import ReplicaError
-from mpu import Axis, HeldBox, ParallelGroups
+from mpu import Axis, Box, ParallelGroups, ShardedTensor
 
 Finding: TypeAlias = tuple[str, list[tuple[int, int]]]
 """What differs, and the rank and fingerprint of each copy."""
@@ -45,7 +45,7 @@ def check_replicas(engine: Engine, groups: ParallelGroups) -> None:
     Raises:
         ReplicaError: on every rank, naming the tensors and the ranks that hold something else.
     """
-    state = engine.named_state()
+    state = engine.state()
     device = engine.device
     found = [finding for axis in _AXES for finding in _compare(state, groups, axis, device)]
     gathered: list[list[Finding]] = [[] for _ in range(dist.get_world_size())]
@@ -54,7 +54,7 @@ def check_replicas(engine: Engine, groups: ParallelGroups) -> None:
         raise ReplicaError(_describe(gathered), on_every_rank=True)
 
 
-def fingerprint(box: HeldBox, shape: Sequence[int]) -> Tensor:
+def fingerprint(box: Box, shape: Sequence[int]) -> Tensor:
     """An int64 scalar, which differs between boxes of which one bit differs.
 
     Args:
@@ -76,15 +76,15 @@ def fingerprint(box: HeldBox, shape: Sequence[int]) -> Tensor:
 
 
 def _compare(
-    state: Sequence[NamedState], groups: ParallelGroups, axis: Axis, device: torch.device
+    state: Sequence[ShardedTensor], groups: ParallelGroups, axis: Axis, device: torch.device
 ) -> list[Finding]:
     """What differs along ``axis``, told by the first rank of its group."""
     group = groups.along(axis)
-    copies = [entry for entry in state if axis in entry.copied_over]
+    copies = [entry for entry in state if axis in entry.replicated_over]
     if group.size() == 1 or not copies:
         return []
     own = torch.stack([_fingerprint_of(entry, device) for entry in copies])
-    if axis == "embedding" and "data" not in copies[0].copied_over and groups.data.size() > 1:
+    if axis == "embedding" and "data" not in copies[0].replicated_over and groups.data.size() > 1:
         dist.all_reduce(own, group=groups.data)
     # The greatest of the complements is the complement of the least.
     extremes = torch.cat([own, ~own])
@@ -104,7 +104,7 @@ def _compare(
     ]
 
 
-def _fingerprint_of(entry: NamedState, device: torch.device) -> Tensor:
+def _fingerprint_of(entry: ShardedTensor, device: torch.device) -> Tensor:
     """An int64 scalar on ``device``, also where this rank holds nothing, or holds it elsewhere:
     ranks that give tensors of different devices to a collective wait for ever."""
     sums = [fingerprint(box, entry.shape).to(device) for box in entry.boxes]

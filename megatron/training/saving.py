@@ -1,18 +1,17 @@
 """Saving a run, and going on from a save at any layout."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron.checkpoint.folders import set_aside, step_folder, step_folders
-from megatron.checkpoint.format import StateTensor
 from megatron.checkpoint.load import open_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config import Config, config_to_dict
-from megatron.engine.base import Engine, NamedState
+from megatron.engine.base import Engine
 from megatron.errors import CheckpointError, DiskError, NonFiniteError
 from megatron.launch import Launch
 from megatron.together import run_on_first
@@ -66,7 +65,7 @@ class RunCheckpoints:
         path = save_checkpoint(
             self._folder,
             progress.step,
-            state_tensors(self._engine.named_state()),
+            self._engine.state(),
             state={
                 "step": progress.step,
                 "consumed_samples": progress.consumed_samples,
@@ -95,16 +94,15 @@ class RunCheckpoints:
             return Progress()
         check_changes(self._config, saved)
         reader = saved.reader
-        self._engine.load_state(lambda state: reader.read_into(state_tensors(state)), saved.engine)
+        self._engine.load_state(reader.read_into, saved.engine)
         self._check_loaded(saved.path)
         logger.info("resumed from %s, saved at layout %s", saved.path, dict(reader.layout))
         self._resumed = saved.progress
         return saved.progress
 
     def _check_loaded(self, path: Path) -> None:
-        state = state_tensors(self._engine.named_state())
         try:
-            check_finite(state, self._engine.device, group=None)
+            check_finite(self._engine.state(), self._engine.device, group=None)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{path}: {error}; to go on from an older save, move this one away",
@@ -197,11 +195,6 @@ def _find_saves(config: Config) -> list[tuple[int, Path]]:
         )
     logger.warning("%s %s", gone, f"no newer one than {saves[0][1].name}" if saves else "none")
     return saves
-
-
-def state_tensors(state: Iterable[NamedState]) -> list[StateTensor]:
-    """What an engine calls its state, as checkpoints call it."""
-    return [StateTensor(it.kind, it.name, it.shape, it.boxes, it.owned) for it in state]
 
 
 def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:

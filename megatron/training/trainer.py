@@ -34,7 +34,7 @@ from megatron.training.replicas import check_replicas
 from megatron.training.reporter import Reporter
 from megatron.training.run_folder import check_run_folder
 from megatron.training.run_lock import RunLock, held
-from megatron.training.saving import RunCheckpoints, open_newest, state_tensors
+from megatron.training.saving import RunCheckpoints, open_newest
 from megatron.training.stopping import agreed
 
 logger = logging.getLogger(__name__)
@@ -248,9 +248,10 @@ class _Run:
             check_replicas(self._engine, self._launch.groups)
 
     def _find_not_finite(self) -> str | None:
-        state = state_tensors(self._engine.named_state())
         with self._launch.waiting(f"the check of all numbers after step {self._progress.step}"):
-            return find_not_finite(state, self._engine.device, group=dist.group.WORLD)
+            return find_not_finite(
+                self._engine.state(), self._engine.device, group=dist.group.WORLD
+            )
 
     def _only_skips(self) -> bool:
         """Whether the state is not saved yet, and nothing came of the steps that led to it."""

@@ -220,7 +220,7 @@ def flip_and_check(layout: Layout, kind: Kind) -> str:
     check_replicas(engine, groups)
     if dist.get_rank() == dist.get_world_size() - 1:
         tied = [
-            it for it in engine.named_state() if "embedding" in it.copied_over or layout.zero == 0
+            it for it in engine.state() if "embedding" in it.replicated_over or layout.zero == 0
         ]
         flip_bit(next(it for it in tied if it.boxes).boxes[0].tensor)
     with pytest.raises(ReplicaError) as caught:

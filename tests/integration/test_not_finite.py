@@ -64,7 +64,7 @@ class Spoil:
         setattr(trainer, "build_engine", build_and_arm)  # noqa: B010
 
     def _spoil(self, engine: Engine) -> None:
-        held = [state for state in engine.named_state() if state.kind == self.kind and state.boxes]
+        held = [state for state in engine.state() if state.kind == self.kind and state.boxes]
         random = Random(self.seed)
         tensor = random.choice(random.choice(held).boxes).tensor
         tensor[tuple(random.randrange(size) for size in tensor.shape)] = self.value

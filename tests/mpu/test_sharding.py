@@ -1,4 +1,4 @@
-"""Pieces of a ShardSpec: every element of the whole is held once, where it should be."""
+"""The boxes of a ShardSpec: every element of the whole is held once, where it should be."""
 
 import copy
 import pickle
@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 from mpu import (
     ColumnParallelLinear,
     ParallelDims,
-    Piece,
     RowParallelLinear,
     ShardSpec,
     VocabParallelEmbedding,
@@ -28,7 +27,7 @@ from mpu import (
 )
 from mpu.sharding import ShardedModule
 from tests.distributed import run_ranks
-from tests.shards import box, cut, join
+from tests.shards import cut, join, region
 
 
 def random_spec(numbers: random.Random) -> ShardSpec:
@@ -42,17 +41,17 @@ def random_spec(numbers: random.Random) -> ShardSpec:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_pieces_tile_the_whole_exactly(seed: int) -> None:
+def test_boxes_tile_the_whole_exactly(seed: int) -> None:
     numbers = random.Random(seed)
     spec, size = random_spec(numbers), numbers.randint(1, 6)
     held = torch.zeros(spec.shape, dtype=torch.int64)
     for rank in range(size):
         local = torch.zeros(spec.local_shape(size), dtype=torch.int64)
-        for piece in spec.pieces(rank, size):
-            held[box(piece)] += 1
-            local[piece.local_slices] += 1
-            assert local[piece.local_slices].shape == held[box(piece)].shape == piece.shape
-        assert local.max() <= 1, "two pieces lie in the same place"
+        for box in spec.boxes(local, rank, size):
+            assert box.tensor.shape == held[region(box)].shape
+            held[region(box)] += 1
+            box.tensor.add_(1)
+        assert local.max() <= 1, "two boxes lie in the same place"
     assert (held == 1).all()
 
 
@@ -80,14 +79,18 @@ def test_blocks_are_cut_one_by_one() -> None:
 def test_last_ranks_hold_padding() -> None:
     spec = ShardSpec(shape=(509, 4), dim=0, padded_run=256)
     assert spec.local_shape(4) == (256, 4)
-    assert spec.pieces(1, 4) == [Piece(start=(256, 0), shape=(253, 4), local_start=(0, 0))]
-    assert spec.pieces(2, 4) == spec.pieces(3, 4) == []
+    local = torch.arange(256 * 4).view(256, 4)
+    (box,) = spec.boxes(local, 1, 4)
+    assert box.start == (256, 0)
+    assert torch.equal(box.tensor, local[:253])
+    assert spec.boxes(local, 2, 4) == spec.boxes(local, 3, 4) == ()
 
 
-def test_replicated_parameter_is_one_piece_everywhere() -> None:
+def test_replicated_parameter_is_one_box_everywhere() -> None:
     spec = ShardSpec(shape=(3, 4))
     for rank in range(4):
-        assert spec.pieces(rank, 4) == [Piece(start=(0, 0), shape=(3, 4), local_start=(0, 0))]
+        (box,) = spec.boxes(torch.zeros(3, 4), rank, 4)
+        assert (box.start, box.tensor.shape) == ((0, 0), (3, 4))
     assert spec.local_shape(4) == (3, 4)
 
 

@@ -32,13 +32,13 @@ from megatron.config import (
     ParallelConfig,
     TrainConfig,
 )
-from megatron.engine.base import Engine, NamedState
+from megatron.engine.base import Engine
 from megatron.engine.torch_engine import TorchEngine
 from megatron.launch import Launch
 from megatron.model.alibi import alibi_slopes
 from megatron.model.inputs import ModelInputs
 from megatron.training.attention_choice import choose_backend
-from mpu import ParallelGroups
+from mpu import ParallelGroups, ShardedTensor
 from tools.benchmarks import megatron_core
 
 Contender: TypeAlias = Literal["ours", "plain", "transformers", "Megatron-Core"]
@@ -127,12 +127,12 @@ def transformers_state(engine: TorchEngine) -> State:
     """Our weights under the names that transformers has for them."""
     return {
         transformers_name(entry.name): _whole(entry)
-        for entry in engine.named_state()
+        for entry in engine.state()
         if entry.kind == "weight"
     }
 
 
-def _whole(entry: NamedState) -> Tensor:
+def _whole(entry: ShardedTensor) -> Tensor:
     """A copy of a tensor that one process holds all boxes of."""
     tensor = entry.boxes[0].tensor.new_empty(entry.shape)
     for box in entry.boxes:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.checkpoint.format import Box, Manifest, StoredFile, StoredTensor
+from megatron.checkpoint.format import Manifest, StoredBox, StoredFile, StoredTensor
 from megatron.cli import run_tool
 from megatron.data.blend import BlendedSamples
 from megatron.data.cache import ArrayCache
@@ -113,7 +113,7 @@ def _holders(place: int, number: int) -> list[int]:
 
 def _stored(kind: str, name: str, files: Sequence[str]) -> StoredTensor:
     boxes = tuple(
-        Box(file, f"{kind}/{name}/0", (0, 14336 * at), (14336, 14336))
+        StoredBox(file, f"{kind}/{name}/0", (0, 14336 * at), (14336, 14336))
         for at, file in enumerate(files)
     )
     return StoredTensor(kind, name, (14336, 14336 * len(files)), "float32", boxes)

@@ -37,7 +37,6 @@ from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
 from megatron.model.stages import build_stages
 from megatron.model.transformer import ParallelTransformerLayer
-from megatron.optim.held import counts
 from mpu import ParallelGroups, set_shard_spec, shard_spec
 
 logger = logging.getLogger(__name__)
@@ -199,7 +198,7 @@ def _partition(
 def _mark(parameter: nn.Parameter, groups: ParallelGroups) -> None:
     """Tell DeepSpeed of a parameter what ShardSpec says; see above."""
     spec = shard_spec(parameter)
-    parameter.model_parallel = counts(spec, groups)  # type: ignore[attr-defined]
+    parameter.model_parallel = spec.is_main_replica(groups)  # type: ignore[attr-defined]
     parameter.ds_pipe_replicated = spec.tied_copy  # type: ignore[attr-defined]
     if spec.sum_gradient and groups.tensor.size() > 1:
         parameter.register_hook(partial(_summed, group=groups.tensor))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config import Backend, Config
-from megatron.engine.base import Engine, NamedState, Read, StepResult, named, non_finite
+from megatron.engine.base import Engine, Read, StepResult, non_finite_error
 from megatron.engine.deepspeed.build import build_optimizer, initialize, prepare_model
 from megatron.engine.deepspeed.pipeline import PipelineStage, Streams, no_dropout
 from megatron.engine.deepspeed.scale import DeepSpeedLossScaler
@@ -23,9 +23,8 @@ from megatron.engine.deepspeed.state import KINDS, WEIGHT, Part, build_state
 from megatron.model.init import init_parameter
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement, build_placement
-from megatron.optim.held import counts, flat_boxes, held_by
 from megatron.optim.parameters import square_sum
-from mpu import ParallelGroups, RngStreams, set_shard_spec, shard_spec
+from mpu import ParallelGroups, RngStreams, ShardedTensor, set_shard_spec, shard_spec
 
 
 class DeepSpeedEngine(Engine):
@@ -74,7 +73,7 @@ class DeepSpeedEngine(Engine):
         result = self._step(list(microbatches))
         self._updates += not result.skipped
         if result.skipped and not can_scale:
-            raise non_finite(result)
+            raise non_finite_error(result)
         return result
 
     def trial(self, microbatches: Iterable[ModelInputs]) -> None:
@@ -92,16 +91,16 @@ class DeepSpeedEngine(Engine):
         self._engine.train()
         return self._mean_over_run(loss, len(batches))
 
-    def named_state(self) -> list[NamedState]:
-        return list(self._named_state(self._parts()))
+    def state(self) -> list[ShardedTensor]:
+        return list(self._sharded(self._parts()))
 
     def load_state(self, read: Read, scalars: Mapping[str, float]) -> None:
         parts = self._parts()
-        read(list(self._named_state(parts)))
+        read(list(self._sharded(parts)))
         for (name, kind), part in parts.items():
             if part is not None:
                 self._state.write(self._parameters[name], kind, part)
-        self._state.publish()
+        self._state.sync_weights()
         self._load_scalars(scalars)
 
     def scalars(self) -> dict[str, float]:
@@ -129,7 +128,7 @@ class DeepSpeedEngine(Engine):
                 first = whole.detach().view(-1)[part.start : part.start + part.size]
                 part.flat.copy_(first)
                 self._state.write(parameter, WEIGHT, part)
-        self._state.publish()
+        self._state.sync_weights()
 
     def _step(self, microbatches: list[ModelInputs]) -> StepResult:
         if self._scaler is not None:
@@ -227,7 +226,7 @@ class DeepSpeedEngine(Engine):
         """
         items = [(self._specs[name], item.grad) for name, item in self._parameters.items()]
         gradients = [gradient for _, gradient in items if gradient is not None]
-        counted = [g for spec, g in items if g is not None and counts(spec, self._groups)]
+        counted = [g for spec, g in items if g is not None and spec.is_main_replica(self._groups)]
         square = square_sum(counted, self._device)
         dist.all_reduce(square, group=self._groups.model)
         norm = square.sqrt().item()
@@ -244,9 +243,10 @@ class DeepSpeedEngine(Engine):
             for name, parameter in self._parameters.items()
         }
 
-    def _named_state(self, parts: Mapping[tuple[str, str], Part | None]) -> Iterator[NamedState]:
+    def _sharded(self, parts: Mapping[tuple[str, str], Part | None]) -> Iterator[ShardedTensor]:
+        rank, size = self._groups.tensor.rank(), self._groups.tensor.size()
         for (name, kind), part in parts.items():
             spec = self._specs[name]
-            boxes = () if part is None else flat_boxes(spec, self._groups, part.start, part.flat)
+            boxes = () if part is None else spec.flat_boxes(part.start, part.flat, rank, size)
             cut = self._state.cut_over_data
-            yield named(held_by(self._groups, name, spec, boxes, cut_over_data=cut), kind)
+            yield spec.sharded_tensor(kind, name, boxes, self._groups, cut_over_data=cut)

@@ -78,7 +78,7 @@ class State(ABC):
         """Take over a part that ``part`` has given and that has been written to."""
 
     @abstractmethod
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         """Let the model compute with the main weights as they are now. Collective."""
 
     def _make_moments(self) -> None:
@@ -103,7 +103,7 @@ class WholeState(State):
     def write(self, parameter: nn.Parameter, kind: str, part: Part) -> None:
         """Nothing to do: parts are views."""
 
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         """Nothing to do: the model computes with the main weights."""
 
 
@@ -125,7 +125,7 @@ class FlatState(State):
     def write(self, parameter: nn.Parameter, kind: str, part: Part) -> None:
         """Nothing to do: parts are views."""
 
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         self._wrapper.update_lp_params()
 
 
@@ -151,7 +151,7 @@ class PartitionedState(State):
         else:
             safe_set_local_optimizer_state(parameter, part.padded, kind)
 
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         # Small parameters stay gathered between steps.
         gathered = self._wrapper.persistent_parameters
         if gathered:

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron.checkpoint.format import MANIFEST, StateTensor, TensorKey
+from megatron.checkpoint.format import MANIFEST, TensorKey
 from megatron.checkpoint.save import save_checkpoint
+from mpu import ShardedTensor
 from mpu.sharding import ShardSpec
-from tests.shards import box
+from tests.shards import region
 
 LocalTensors: TypeAlias = dict[TensorKey, torch.Tensor]
 """By kind and name, what one rank holds, with its padding."""
@@ -51,24 +52,24 @@ def local_tensors(rank: int, size: int, *, filled: bool) -> LocalTensors:
     for kind, dtype in DTYPES.items():
         for name, spec in specs(size).items():
             local = torch.full(spec.local_shape(size), PADDING, dtype=dtype)
-            for piece in spec.pieces(rank, size) if filled else ():
-                local[piece.local_slices] = whole(kind, name, spec.shape)[box(piece)]
+            for box in spec.boxes(local, rank, size) if filled else ():
+                box.tensor.copy_(whole(kind, name, spec.shape)[region(box)])
             tensors[kind, name] = local
     return tensors
 
 
-def states_of(tensors: LocalTensors, rank: int, size: int) -> list[StateTensor]:
+def states_of(tensors: LocalTensors, rank: int, size: int) -> list[ShardedTensor]:
     """What ``rank`` of ``size`` holds in its ``tensors``."""
     states = []
     for (kind, name), local in tensors.items():
         spec = specs(size)[name]
         owned = spec.dim is not None or rank == 0
         boxes = spec.boxes(local, rank, size)
-        states.append(StateTensor(kind, name, spec.shape, boxes, owned))
+        states.append(ShardedTensor(kind, name, spec.shape, boxes, owned))
     return states
 
 
-def local_state(rank: int, size: int, *, filled: bool) -> list[StateTensor]:
+def local_state(rank: int, size: int, *, filled: bool) -> list[ShardedTensor]:
     """What ``rank`` of ``size`` holds; nothing but PADDING if not ``filled``."""
     return states_of(local_tensors(rank, size, filled=filled), rank, size)
 

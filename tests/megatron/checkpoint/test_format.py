@@ -12,8 +12,8 @@ import pytest
 
 from megatron.checkpoint.format import (
     MANIFEST,
-    Box,
     Manifest,
+    StoredBox,
     StoredFile,
     StoredTensor,
     check_file_name,
@@ -30,7 +30,7 @@ FILE = "rank-00000.safetensors"
 
 def manifest(*boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> Manifest:
     """One tensor of shape (4, 6) stored in ``boxes`` of (start, shape)."""
-    stored = tuple(Box(FILE, str(i), start, shape) for i, (start, shape) in enumerate(boxes))
+    stored = tuple(StoredBox(FILE, str(i), start, shape) for i, (start, shape) in enumerate(boxes))
     return Manifest(
         state={"step": 3, "loss": 0.1},
         config={"name": "\u00e9"},
@@ -100,7 +100,7 @@ def test_box_of_another_number_of_dimensions_is_refused() -> None:
 
 
 def test_scalar_stored_twice_is_refused() -> None:
-    scalar = StoredTensor("weight", "w", (), "float32", (Box(FILE, "a", (), ()),) * 2)
+    scalar = StoredTensor("weight", "w", (), "float32", (StoredBox(FILE, "a", (), ()),) * 2)
     with pytest.raises(ValueError, match="do not tile"):
         decode_manifest(encode_manifest(replace(manifest(), tensors=(scalar,))))
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from megatron.checkpoint.folders import find_latest
-from megatron.checkpoint.format import MANIFEST, StateTensor
+from megatron.checkpoint.format import MANIFEST
 from megatron.checkpoint.load import open_checkpoint
 from megatron.errors import CheckpointError
 from megatron.hashing import hash_file
-from mpu.sharding import HeldBox
+from mpu import ShardedTensor
+from mpu.sharding import Box
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import (
     FILES,
@@ -138,7 +139,7 @@ def test_weights_of_another_model_are_refused(saves: dict[int, Path]) -> None:
     assert all((weight == PADDING).all() for weight in weights.values())
 
 
-def read_as(path: Path, targets: list[StateTensor]) -> str:
+def read_as(path: Path, targets: list[ShardedTensor]) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path).read_into(targets)
     assert len(str(caught.value).splitlines()) <= 2
@@ -168,7 +169,7 @@ def test_tensor_of_another_shape_is_refused(saves: dict[int, Path]) -> None:
 
 def test_tensor_of_another_dtype_is_refused(saves: dict[int, Path]) -> None:
     first, *others = local_state(0, 1, filled=False)
-    boxes = tuple(HeldBox(box.start, box.tensor.double()) for box in first.boxes)
+    boxes = tuple(Box(box.start, box.tensor.double()) for box in first.boxes)
     message = read_as(saves[1], [replace(first, boxes=boxes), *others])
     assert "weight of column is float32 of shape (8, 6), but the model's is float64" in message
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from megatron.checkpoint import save as save_module
-from megatron.checkpoint.format import StateTensor
 from megatron.checkpoint.load import open_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.errors import CheckpointError, DiskError, PeerError, RunError
-from mpu.sharding import HeldBox
+from mpu import ShardedTensor
+from mpu.sharding import Box
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import FILES, local_state, names, save, world
 
@@ -28,7 +28,7 @@ OLD, NEW = "step-00000100", "step-00000200"
 
 
 def save_states(
-    folder: Path, states: Iterable[StateTensor], files: Mapping[str, bytes] | None = None
+    folder: Path, states: Iterable[ShardedTensor], files: Mapping[str, bytes] | None = None
 ) -> Path:
     return save_checkpoint(
         folder,
@@ -258,8 +258,8 @@ def test_saved_tensors_may_be_views_of_one_buffer(tmp_path: Path) -> None:
     buffer = torch.arange(96.0)
     column, row = local_state(0, 1, filled=True)[:2]
     states = [
-        replace(column, boxes=(HeldBox((0, 0), buffer[:48].view(8, 6)),)),
-        replace(row, boxes=(HeldBox((0, 0), buffer[48:].view(8, 6).t()),)),
+        replace(column, boxes=(Box((0, 0), buffer[:48].view(8, 6)),)),
+        replace(row, boxes=(Box((0, 0), buffer[48:].view(8, 6).t()),)),
     ]
     reader = open_checkpoint(save_states(tmp_path, states))
     assert torch.equal(reader.read("weight", "column"), buffer[:48].view(8, 6))

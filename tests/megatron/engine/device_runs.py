@@ -16,7 +16,6 @@ from megatron.data.sampler import microbatch_samples
 from megatron.engine.torch_engine import TorchEngine
 from megatron.model.inputs import ModelInputs, build_inputs
 from megatron.training.replicas import check_replicas
-from megatron.training.saving import state_tensors
 from mpu import ParallelGroups, broadcast_batch, build_groups
 from tests.megatron.engine.training import (
     EOD,
@@ -130,7 +129,7 @@ def save_and_load(engine: TorchEngine, folder: Path, other: TorchEngine | None =
     path = save_checkpoint(
         folder,
         1,
-        state_tensors(engine.named_state()),
+        engine.state(),
         state={},
         config={},
         layout={},
@@ -139,6 +138,4 @@ def save_and_load(engine: TorchEngine, folder: Path, other: TorchEngine | None =
         keep_last=0,
     )
     reader = open_checkpoint(path, group=dist.group.WORLD)
-    (other or engine).load_state(
-        lambda state: reader.read_into(state_tensors(state)), engine.scalars()
-    )
+    (other or engine).load_state(reader.read_into, engine.scalars())

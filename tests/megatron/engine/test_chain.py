@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.engine.base import NamedState, StepResult
+from megatron.engine.base import StepResult
 from megatron.launch import Launch
 from megatron.training.saving import RunCheckpoints, open_newest
+from mpu import ShardedTensor
 from tests.distributed import run_ranks
 from tests.figures import Figure
 from tests.megatron.engine.training import (
@@ -93,22 +94,22 @@ def go_through(chain: Sequence[Layout], dtype: Dtype, folder: Path) -> dict[str,
 
 def go_on(
     layout: Layout, dtype: Dtype, folder: Path
-) -> tuple[list[NamedState], list[StepResult], list[NamedState]]:
+) -> tuple[list[ShardedTensor], list[StepResult], list[ShardedTensor]]:
     """The state that was opened, the next steps, and the state that is saved."""
     config = replace(make_config(layout, dtype), folder=folder)
     engine, groups = build_any_engine(config)
     launch = Launch(dist.get_rank(), dist.get_world_size(), CPU, groups)
     checkpoints = RunCheckpoints(config, launch, engine, None, {})
     progress = checkpoints.resume(open_newest(config))
-    opened = copy_of(engine.named_state())
+    opened = copy_of(engine.state())
     results = list(train(engine, config, groups, range(progress.step, progress.step + STEPS)))
     for _ in results:
         progress = progress.after(GLOBAL_BATCH, config.model.seq_length)
     checkpoints.save(progress)
-    return opened, results, engine.named_state()
+    return opened, results, engine.state()
 
 
-def copy_of(states: list[NamedState]) -> list[NamedState]:
+def copy_of(states: list[ShardedTensor]) -> list[ShardedTensor]:
     """That later steps do not change."""
     return [
         replace(

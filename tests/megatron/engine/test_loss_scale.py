@@ -59,7 +59,7 @@ def overflow(engine: Engine, config: Config, groups: ParallelGroups, factor: flo
 
 
 def copy_state(engine: Engine) -> list[Tensor]:
-    return [box.tensor.clone() for state in engine.named_state() for box in state.boxes]
+    return [box.tensor.clone() for state in engine.state() for box in state.boxes]
 
 
 # On DeepSpeed weights are divided by their sum first, and a large one is no overflow.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron.apex import fused_adam, fused_layer_norm
-from megatron.engine.base import Engine, NamedState, StepResult
+from megatron.engine.base import Engine, StepResult
 from megatron.engine.torch_engine import TorchEngine
 from megatron.errors import ConfigError, NonFiniteError
-from mpu import shard_spec
+from mpu import ShardedTensor, shard_spec
 from tests.distributed import run_ranks
 from tests.megatron.engine.training import (
     DEEPSPEED_KINDS,
@@ -76,7 +76,7 @@ def state_of(engine: Engine) -> dict[str, Tensor]:
     """A copy of what this rank holds of the state, by kind, name and place."""
     return {
         f"{state.kind} of {state.name} from {box.start}": box.tensor.detach().clone()
-        for state in engine.named_state()
+        for state in engine.state()
         for box in state.boxes
     }
 
@@ -100,11 +100,11 @@ def check_main_parameters(layout: Layout, dtype: Any) -> None:
     for result in train(engine, config, groups, range(3)):
         assert 0 < result.grad_norm < 100
         assert not result.skipped
-    boxes = [box.tensor for state in engine.named_state() for box in state.boxes]
+    boxes = [box.tensor for state in engine.state() for box in state.boxes]
     assert {box.dtype for box in boxes} == {torch.float32}
     assert any(not torch.equal(box, box.to(low).float()) for box in boxes)
     weights = whole_weights(engine, groups.tensor.rank(), groups.tensor.size())
-    for state in (state for state in engine.named_state() if state.kind == "weight"):
+    for state in (state for state in engine.state() if state.kind == "weight"):
         for box in state.boxes:
             rounded = box.tensor.to(low)
             assert torch.equal(weights[state.name][region(box)], rounded), state.name
@@ -144,7 +144,7 @@ def check_loaded_state(layout: Layout, dtype: Any, optimizer: Any) -> None:
 
     other, other_groups = build_any_engine(config)
 
-    def read(states: Sequence[NamedState]) -> None:
+    def read(states: Sequence[ShardedTensor]) -> None:
         for state in states:
             for box in state.boxes:
                 saved_box = saved[f"{state.kind} of {state.name} from {box.start}"]
@@ -171,9 +171,9 @@ def shapes_of_one_process() -> dict[str, tuple[int, ...]]:
     return {name: shard_spec(p).shape for name, p in engine.models[0].named_parameters()}
 
 
-def state_of_rank(layout: Layout) -> list[NamedState]:
+def state_of_rank(layout: Layout) -> list[ShardedTensor]:
     engine, _ = build_any_engine(make_config(layout))
-    return engine.named_state()
+    return engine.state()
 
 
 def test_apex_is_used_when_asked_for() -> None:

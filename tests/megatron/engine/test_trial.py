@@ -51,7 +51,7 @@ def check_trial(layout: Layout, dtype: Dtype | None) -> None:
         assert list(train(engine, config, groups, range(step, step + 1))) == list(
             train(twin, config, twin_groups, range(step, step + 1))
         )
-    for state, twin_state in zip(engine.named_state(), twin.named_state(), strict=True):
+    for state, twin_state in zip(engine.state(), twin.state(), strict=True):
         assert state.name == twin_state.name
         for box, twin_box in zip(state.boxes, twin_state.boxes, strict=True):
             assert torch.equal(box.tensor, twin_box.tensor), state.name

@@ -21,11 +21,11 @@ from megatron.config import (
     TrainConfig,
 )
 from megatron.data.sampler import microbatch_samples
-from megatron.engine.base import Engine, NamedState, StepResult
+from megatron.engine.base import Engine, StepResult
 from megatron.engine.torch_engine import TorchEngine
 from megatron.model.inputs import ModelInputs, build_inputs
 from megatron.optim.schedule import learning_rate
-from mpu import ParallelGroups, build_groups
+from mpu import ParallelGroups, ShardedTensor, build_groups
 from tests.distributed import preload, run_ranks
 from tests.shards import region
 
@@ -219,7 +219,7 @@ def run_training(layout: Layout, num_steps: int, dtype: Dtype = "fp64") -> Run:
     return Run(results, evaluation, join_states([state for *_, state in ranks]))
 
 
-def join_states(ranks: Sequence[Sequence[NamedState]]) -> dict[str, torch.Tensor]:
+def join_states(ranks: Sequence[Sequence[ShardedTensor]]) -> dict[str, torch.Tensor]:
     """The whole state of what the ranks hold of it, by kind and name.
 
     Fails if the owned boxes do not make it up exactly once, or another rank holds something else.
@@ -243,12 +243,12 @@ def join_states(ranks: Sequence[Sequence[NamedState]]) -> dict[str, torch.Tensor
 
 def _train_rank(
     layout: Layout, num_steps: int, dtype: Dtype
-) -> tuple[list[StepResult], float, list[NamedState]]:
+) -> tuple[list[StepResult], float, list[ShardedTensor]]:
     config = make_config(layout, dtype)
     engine, groups = build_any_engine(config)
     results = list(train(engine, config, groups, range(num_steps)))
     evaluation = engine.evaluate(microbatches(config, num_steps, groups))
-    return results, evaluation, engine.named_state()
+    return results, evaluation, engine.state()
 
 
 def spoiled(inputs: ModelInputs, factor: float = torch.nan) -> ModelInputs:

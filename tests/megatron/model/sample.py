@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.checkpoint.format import StateTensor
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config import (
     Backend,
@@ -23,7 +22,7 @@ from megatron.model.init import build_model, init_parameters
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.placement import Placement
 from megatron.tokenizer import load_tokenizer
-from mpu import HeldBox, shard_spec
+from mpu import Box, ShardedTensor, shard_spec
 from tests.shards import cut
 
 SMALL = ModelConfig(
@@ -106,9 +105,9 @@ def save_model(
         if last_number is not None and name == LAST_WEIGHT:
             boxes[-1].tensor[-1] = last_number
         owned = spec.dim is not None or rank == 0
-        tensors.append(StateTensor("weight", name, spec.shape, boxes, owned))
+        tensors.append(ShardedTensor("weight", name, spec.shape, boxes, owned))
     first = tensors[0]
-    moments = tuple(HeldBox(box.start, box.tensor.clone()) for box in first.boxes)
+    moments = tuple(Box(box.start, box.tensor.clone()) for box in first.boxes)
     tensors.append(replace(first, kind="exp_avg", boxes=moments))
     files = {} if tokenizer is None else load_tokenizer(tokenizer).files()
     return save_checkpoint(
@@ -128,6 +127,6 @@ def weights(model: BloomForPretraining) -> dict[str, Tensor]:
     """The whole weights of a model on one rank, by name, without padding."""
     found = {}
     for name, parameter in model.named_parameters():
-        (piece,) = shard_spec(parameter).pieces(0, 1)
-        found[name] = parameter.detach()[piece.local_slices]
+        (box,) = shard_spec(parameter).boxes(parameter.detach(), 0, 1)
+        found[name] = box.tensor
     return found

@@ -4,7 +4,7 @@ The whole of each parameter and its gradients are known, in whole numbers that a
 gives exactly. Every rank computes with its part; what all ranks hold must make up the whole again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 from zlib import crc32
@@ -12,10 +12,17 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from megatron.optim.held import Held
 from megatron.optim.parameters import Parameters
-from mpu import ParallelDims, ParallelGroups, ShardSpec, build_groups, set_shard_spec, shard_spec
-from tests.shards import box, cut, region
+from mpu import (
+    ParallelDims,
+    ParallelGroups,
+    ShardedTensor,
+    ShardSpec,
+    build_groups,
+    set_shard_spec,
+    shard_spec,
+)
+from tests.shards import cut, region
 
 CPU = torch.device("cpu")
 Make: TypeAlias = Callable[["Stage", ParallelGroups], Parameters]
@@ -83,8 +90,9 @@ def whole_value(name: str, shape: Sequence[int], what: str = "value") -> Tensor:
 class Kept:
     """What one rank holds: by what it is, of all its parameters; and the norm of the gradient."""
 
-    held: dict[str, list[Held]]
+    held: dict[str, list[ShardedTensor]]
     norm: float
+    specs: dict[str, ShardSpec]
 
 
 def keep(dims: ParallelDims, make: Make, dtype: torch.dtype) -> Kept:
@@ -106,11 +114,11 @@ def keep(dims: ParallelDims, make: Make, dtype: torch.dtype) -> Kept:
         for group, sign in zip(parameters.main(), (1, -1), strict=True):
             for main in group:
                 main.add_(sign)
-    parameters.publish()
+    parameters.sync_weights()
     held["updated"] = copies(parameters, lambda main: main)
     stage(_gradients(stage, groups, 0))
-    check_published(stage, groups)
-    return Kept(held, norm)
+    check_weights(stage, groups)
+    return Kept(held, norm, stage.specs)
 
 
 def fill_in(parameters: Parameters, groups: ParallelGroups) -> None:
@@ -124,9 +132,9 @@ def fill_in(parameters: Parameters, groups: ParallelGroups) -> None:
     parameters.initialise(fill)
 
 
-def copies(parameters: Parameters, of: Callable[[nn.Parameter], Tensor]) -> list[Held]:
+def copies(parameters: Parameters, of: Callable[[nn.Parameter], Tensor]) -> list[ShardedTensor]:
     """What is held now, as float64."""
-    return list(parameters.held(lambda main: of(main).detach().double().clone()))
+    return list(parameters.state("weight", lambda main: of(main).detach().double().clone()))
 
 
 def _gradient(main: nn.Parameter) -> Tensor:
@@ -170,13 +178,13 @@ def _updated(name: str, spec: ShardSpec) -> Tensor:
     return whole_value(name, spec.shape) + (1 if len(spec.shape) > 1 else -1)
 
 
-def check_published(stage: Stage, groups: ParallelGroups) -> None:
+def check_weights(stage: Stage, groups: ParallelGroups) -> None:
     """Whether the last forward pass has seen the updated parameters."""
     for name, spec in stage.specs.items():
         want = _updated(name, spec)
-        for piece in spec.pieces(groups.tensor.rank(), groups.tensor.size()):
-            got = stage.computed_with[name][piece.local_slices]
-            assert torch.equal(got, want[box(piece)]), name
+        got = stage.computed_with[name]
+        for box in spec.boxes(got, groups.tensor.rank(), groups.tensor.size()):
+            assert torch.equal(box.tensor, want[region(box)]), name
 
 
 def check_kept(ranks: Sequence[Kept], dims: ParallelDims, norm_error: float = 1e-15) -> None:
@@ -187,12 +195,12 @@ def check_kept(ranks: Sequence[Kept], dims: ParallelDims, norm_error: float = 1e
         "half of the gradient": lambda name, spec: whole_gradient(name, spec, dims) / 2,
         "updated": _updated,
     }
+    of_all = {name: spec for rank in ranks for name, spec in rank.specs.items()}
     for what, whole in want.items():
-        check_boxes([rank.held[what] for rank in ranks], whole)
+        check_boxes([rank.held[what] for rank in ranks], whole, of_all)
     squares = {
-        held.name: whole_gradient(held.name, held.spec, dims).square().sum().item()
-        for rank in ranks
-        for held in rank.held["value"]
+        name: whole_gradient(name, spec, dims).square().sum().item()
+        for name, spec in of_all.items()
     }
     assert len(squares) == len(specs(dims.tensor)) + (dims.pipeline > 1)
     assert len({rank.norm for rank in ranks}) == 1
@@ -200,12 +208,16 @@ def check_kept(ranks: Sequence[Kept], dims: ParallelDims, norm_error: float = 1e
     torch.testing.assert_close(ranks[0].norm, want_norm, rtol=norm_error, atol=0)
 
 
-def check_boxes(ranks: Sequence[Sequence[Held]], whole: Callable[[str, ShardSpec], Tensor]) -> None:
+def check_boxes(
+    ranks: Sequence[Sequence[ShardedTensor]],
+    whole: Callable[[str, ShardSpec], Tensor],
+    of_all: Mapping[str, ShardSpec],
+) -> None:
     """All boxes hold the right numbers, and those that are owned tile every tensor."""
     times_owned: dict[str, Tensor] = {}
     for held in (held for rank in ranks for held in rank):
-        want = whole(held.name, held.spec)
-        times = times_owned.setdefault(held.name, torch.zeros(held.spec.shape))
+        want = whole(held.name, of_all[held.name])
+        times = times_owned.setdefault(held.name, torch.zeros(held.shape))
         for part in held.boxes:
             torch.testing.assert_close(
                 part.tensor, want[region(part)], rtol=1e-15, atol=0, msg=held.name
@@ -215,6 +227,6 @@ def check_boxes(ranks: Sequence[Sequence[Held]], whole: Callable[[str, ShardSpec
         assert bool((times == 1).all()), f"{name}: {times}"
 
 
-def num_elements(held: Sequence[Held]) -> int:
+def num_elements(held: Sequence[ShardedTensor]) -> int:
     """In all boxes of a rank."""
     return sum(part.tensor.numel() for entry in held for part in entry.boxes)

@@ -10,9 +10,8 @@ from torch.distributed import ProcessGroup
 
 from megatron.optim import flat_parameters
 from megatron.optim.flat_parameters import FlatParameters
-from megatron.optim.held import Held
 from megatron.optim.parameters import Parameters
-from mpu import ParallelDims, ParallelGroups, build_groups, mark_whole
+from mpu import ParallelDims, ParallelGroups, ShardedTensor, build_groups, mark_whole
 from tests.distributed import run_ranks
 from tests.megatron.optim.keeping import (
     CPU,
@@ -77,7 +76,7 @@ def test_each_data_rank_has_an_equal_share_that_may_cut_rows() -> None:
     assert [box for box in boxes if len(box.start) == 2 and box.start[1] > 0]
 
 
-def share() -> tuple[int, list[Held]]:
+def share() -> tuple[int, list[ShardedTensor]]:
     """Elements of the main parameters of one of three ranks, padding included, and what is held."""
     groups = build_groups(ParallelDims(data=3))
     parameters = shared_out(Stage(groups, torch.float64), groups)
@@ -90,10 +89,12 @@ def test_what_is_too_large_for_one_main_parameter_is_cut(shard: bool) -> None:
     dims = ParallelDims(tensor=2, data=2)
     ranks = run_ranks(dims.world_size, hold_small_parts, dims, shard)
     assert [rank[0] for rank in ranks] == [7] * dims.world_size
-    check_boxes([rank[1] for rank in ranks], lambda name, spec: whole_value(name, spec.shape))
+    check_boxes(
+        [rank[1] for rank in ranks], lambda name, spec: whole_value(name, spec.shape), specs(2)
+    )
 
 
-def hold_small_parts(dims: ParallelDims, shard: bool) -> tuple[int, list[Held]]:
+def hold_small_parts(dims: ParallelDims, shard: bool) -> tuple[int, list[ShardedTensor]]:
     """The size of the largest main parameter, and what is held."""
     groups = build_groups(dims)
     with patch.object(flat_parameters, "_LARGEST", 7):

@@ -153,7 +153,7 @@ def first_norm(layout: Layout, hidden_size: int, dtype: Dtype) -> tuple[float, f
     engine, groups = build_any_engine(config)
     (result,) = train(engine, config, groups, range(1))
     # The first moment is a part of the clipped gradient, and nothing else yet.
-    firsts = [state for state in engine.named_state() if state.owned and state.kind == "exp_avg"]
+    firsts = [state for state in engine.state() if state.owned and state.kind == "exp_avg"]
     moments = [box.tensor for state in firsts for box in state.boxes]
     square = square_sum(moments, CPU)
     dist.all_reduce(square)

@@ -67,7 +67,7 @@ def test_every_rank_holds_whole_rows() -> None:
         for held in rank.held["value"]:
             for box in held.boxes:
                 assert box.start[1:] == (0,) * (len(box.start) - 1)
-                assert tuple(box.tensor.shape[1:]) == held.spec.shape[1:]
+                assert tuple(box.tensor.shape[1:]) == held.shape[1:]
     sizes = [num_elements(rank.held["value"]) for rank in ranks]
     assert sum(sizes) == sum(prod(spec.shape) for spec in specs(1).values())
 
@@ -145,7 +145,7 @@ def check_sum(dtype: torch.dtype) -> None:
     mine = 1.0 if groups.data.rank() == 1 else 0.0
     stage({name: gradient * mine for name, gradient in wanted.items()}).backward()
     parameters.reduce_gradients()
-    for held in parameters.held(gradient_of):
+    for held in parameters.state("weight", gradient_of):
         for box in held.boxes:
             assert torch.equal(box.tensor, wanted[held.name][region(box)]), held.name
 

@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.checkpoint.format import StateTensor
 from megatron.errors import NonFiniteError
 from megatron.training.finite import check_finite, is_finite
-from megatron.training.saving import state_tensors
-from mpu import HeldBox
+from mpu import Box, ShardedTensor
 from tests.distributed import run_ranks
 from tests.figures import Figure
 from tests.megatron.engine.training import (
@@ -78,7 +76,7 @@ def spoil_in_turn(layout: Layout) -> int:
 
 
 def check(engine: Any) -> None:
-    check_finite(state_tensors(engine.named_state()), CPU, group=None)
+    check_finite(engine.state(), CPU, group=None)
 
 
 def plan(engine: Any, rank: int, kind: str) -> list[tuple[str, int, float]]:
@@ -94,7 +92,7 @@ def plan(engine: Any, rank: int, kind: str) -> list[tuple[str, int, float]]:
 
 def tensors(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
     """The last box of every tensor of that kind of which this rank holds something."""
-    for state in engine.named_state():
+    for state in engine.state():
         if state.kind == kind and state.boxes:
             yield state.name, state.boxes[-1].tensor
 
@@ -126,7 +124,7 @@ def spoil_several() -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_no_place_is_overlooked(size: int, dtype: torch.dtype) -> None:
     tensor = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
-    state = StateTensor("weight", "w", (size,), (HeldBox((0,), tensor),), owned=True)
+    state = ShardedTensor("weight", "w", (size,), (Box((0,), tensor),), owned=True)
     assert is_finite(state)
     for place, value in product({0, 1, size // 3, size - 2, size - 1}, VALUES):
         before = tensor[place % size].clone()

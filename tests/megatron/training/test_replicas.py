@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.engine.torch_engine import TorchEngine
 from megatron.errors import ReplicaError
 from megatron.training.replicas import check_replicas, fingerprint
-from mpu import HeldBox
+from mpu import Box
 from tests.distributed import run_ranks
 from tests.figures import Figure
 from tests.megatron.engine.training import (
@@ -109,9 +109,7 @@ def check_flip(flip: Flip) -> str:
     check_replicas(engine, groups)
     if dist.get_rank() == flip.rank:
         (state,) = (
-            state
-            for state in engine.named_state()
-            if (state.kind, state.name) == (flip.kind, flip.name)
+            state for state in engine.state() if (state.kind, state.name) == (flip.kind, flip.name)
         )
         flip_bit(state.boxes[0].tensor)
     with pytest.raises(ReplicaError) as caught:
@@ -166,22 +164,22 @@ def plant(engine: Any) -> None:
 def test_every_bit_counts() -> None:
     for dtype in INTEGERS:
         tensor = torch.randn(3, 5).to(dtype)
-        before = fingerprint(HeldBox((0, 0), tensor), tensor.shape)
+        before = fingerprint(Box((0, 0), tensor), tensor.shape)
         for bit in range(8 * dtype.itemsize - 1):
             flip_bit(tensor, bit)
-            assert fingerprint(HeldBox((0, 0), tensor), tensor.shape) != before, (dtype, bit)
+            assert fingerprint(Box((0, 0), tensor), tensor.shape) != before, (dtype, bit)
             flip_bit(tensor, bit)
 
 
 def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = torch.randn(7, 5)
-    want = fingerprint(HeldBox((0, 0), whole), whole.shape)
+    want = fingerprint(Box((0, 0), whole), whole.shape)
     monkeypatch.setattr("megatron.training.replicas._ELEMENTS", 10)
     boxes = [
-        HeldBox((0, 0), whole[:2]),
-        HeldBox((2, 0), whole[2:3, :3]),
-        HeldBox((2, 3), whole[2:3, 3:]),
-        HeldBox((3, 0), whole[3:]),
+        Box((0, 0), whole[:2]),
+        Box((2, 0), whole[2:3, :3]),
+        Box((2, 3), whole[2:3, 3:]),
+        Box((3, 0), whole[3:]),
     ]
     assert sum(fingerprint(box, whole.shape) for box in boxes) == want
 
@@ -216,4 +214,4 @@ def test_engine_has_copies_along_every_axis() -> None:
 def axes(layout: Layout) -> set[str]:
     engine: TorchEngine
     engine, _ = build_engine(make_config(layout))
-    return {axis for state in engine.named_state() for axis in state.copied_over}
+    return {axis for state in engine.state() for axis in state.replicated_over}

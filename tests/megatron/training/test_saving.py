@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron.config import Config
-from megatron.engine.base import Engine, NamedState, Read, StepResult
+from megatron.engine.base import Engine, Read, StepResult
 from megatron.errors import CheckpointError, NonFiniteError
 from megatron.model.inputs import ModelInputs
 from megatron.training.attention_choice import AttentionChoice, choose_backend
 from megatron.training.progress import Progress
 from megatron.training.saving import RunCheckpoints, open_newest
-from mpu import HeldBox
+from mpu import Box, ShardedTensor
 from tests.distributed import run_ranks
 from tests.megatron.training.sample import make_config, make_launch
 
@@ -36,17 +36,17 @@ class TwoTensors(Engine):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def named_state(self) -> list[NamedState]:
+    def state(self) -> list[ShardedTensor]:
         return [
-            NamedState("cut", "weight", (8, 2), (HeldBox((0, 0), self.cut),), owned=True),
-            NamedState("whole", "weight", (3,), (HeldBox((0,), self.whole),), owned=True),
+            ShardedTensor("weight", "cut", (8, 2), (Box((0, 0), self.cut),), owned=True),
+            ShardedTensor("weight", "whole", (3,), (Box((0,), self.whole),), owned=True),
         ]
 
     def scalars(self) -> dict[str, float]:
         return {"updates": self.updates}
 
     def load_state(self, read: Read, scalars: Mapping[str, float]) -> None:
-        read(self.named_state())
+        read(self.state())
         self.updates = scalars["updates"]
 
     def train_step(self, microbatches: Iterable[ModelInputs], lr: float) -> StepResult:
