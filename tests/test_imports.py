@@ -67,6 +67,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "megatron.model",
         "megatron.optim",
     },
+    "megatron.engine.build": {
+        "megatron.config",
+        "megatron.engine",
+        "megatron.environment",
+        "megatron.errors",
+        "megatron.launch",
+        "megatron.peers",
+    },
     "megatron.planning": {
         "mpu",
         "megatron.config",
@@ -88,6 +96,27 @@ MAY_IMPORT: dict[str, set[str]] = {
         "megatron.errors",
         "megatron.plain",
         "megatron.together",
+    },
+    "megatron.tuning": {
+        "mpu",
+        "megatron.config",
+        "megatron.engine.base",
+        "megatron.engine.schedules",
+        "megatron.errors",
+        "megatron.launch",
+        "megatron.model",
+        "megatron.together",
+    },
+    "megatron.inference": {
+        "mpu",
+        "megatron.checkpoint",
+        "megatron.config",
+        "megatron.errors",
+        "megatron.model",
+        "megatron.tokenizer",
+        "megatron.training.finite",
+        "megatron.training.run_folder",
+        "megatron.training.saving",
     },
     "megatron.training": {"mpu", "megatron"},
     "pretrain_bloom": {
@@ -266,7 +295,7 @@ def test_only_the_choice_of_an_engine_imports_deepspeed() -> None:
         if not starts(name, (ON_DEEPSPEED,))
         and any(starts(used, ("deepspeed", ON_DEEPSPEED)) for used in imports(name))
     }
-    assert users == {"megatron.training.engine_choice"}
+    assert users == {"megatron.engine.build"}
 
 
 def test_library_imports_without_optional_packages() -> None:

@@ -31,9 +31,9 @@ from megatron.checkpoint.load import CheckpointReader, open_checkpoint
 from megatron.cli import run_tool
 from megatron.config import DTYPES, LaunchConfig, ModelConfig
 from megatron.errors import CheckpointError, ConfigError, DiskError
+from megatron.inference.load import find_checkpoint, load_model, saved_config, saved_tokenizer
 from megatron.launch import RankEnvironment, launched
 from megatron.tokenizer import SPECIAL_NAMES, Tokenizer, load_tokenizer
-from megatron.training.inference import find_checkpoint, load_model, saved_config, saved_tokenizer
 from mpu import ParallelDims
 
 TEXT = "The quick brown fox jumps over 12 lazy dogs.\n\tNa\u00efve caf\u00e9: \u4e2d\u6587"

@@ -16,11 +16,11 @@ from megatron.checkpoint.load import open_checkpoint
 from megatron.cli import RanksParser, run_tool
 from megatron.config import LaunchConfig
 from megatron.errors import DataError
+from megatron.inference.generation import Sampling, generate
+from megatron.inference.load import find_checkpoint, load_model, saved_config, saved_tokenizer
 from megatron.launch import Launch, launched, read_environment
-from megatron.model.generation import Sampling, generate
 from megatron.plain import read_file
 from megatron.together import run_everywhere, run_on_first
-from megatron.training.inference import find_checkpoint, load_model, saved_config, saved_tokenizer
 from mpu import ParallelDims
 
 

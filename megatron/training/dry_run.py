@@ -33,9 +33,9 @@ from megatron.errors import ConfigError
 from megatron.model.language_model import BloomForPretraining
 from megatron.model.stages import Stage
 from megatron.planning.communication import num_microbatches
-from megatron.training.attention_choice import candidates
 from megatron.training.live_bytes import LiveBytes
 from megatron.training.pass_bytes import META, PassBytes, measure_passes, most_held
+from megatron.tuning.attention import candidates
 from mpu import ParallelDims, ParallelGroups, build_groups, shard_spec
 
 GIB = 2**30

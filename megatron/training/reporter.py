@@ -14,7 +14,6 @@ from megatron.engine.base import StepResult
 from megatron.launch import Launch
 from megatron.model.flops import count_parameters, flops_per_token, peak_flops
 from megatron.optim.schedule import batch_plan
-from megatron.training.memory import peak_bytes
 from megatron.training.metrics import (
     EvalMetrics,
     MetricsWriter,
@@ -25,6 +24,7 @@ from megatron.training.metrics import (
 )
 from megatron.training.metrics_file import numbered
 from megatron.training.progress import Progress
+from megatron.tuning.memory import peak_bytes
 
 logger = logging.getLogger(__name__)
 

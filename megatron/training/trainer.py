@@ -12,6 +12,7 @@ from megatron.data.content import Findings
 from megatron.data.history import Phase
 from megatron.data.loader import Split
 from megatron.engine.base import Engine
+from megatron.engine.build import build_engine, check_engine
 from megatron.errors import ConfigError, NonFiniteError, StoppedOnRequestError
 from megatron.launch import Launch, RankEnvironment, launched, read_environment
 from megatron.log import setup_logging
@@ -22,20 +23,19 @@ from megatron.spokesman import Spokesman
 from megatron.stopping import NOTHING_CHANGED, StopSignals
 from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
-from megatron.training.attention_choice import choose_backend
 from megatron.training.batches import BatchReader, reads_data
 from megatron.training.changes import run_phases, saved_choices
 from megatron.training.data_identity import agree_on_data
-from megatron.training.engine_choice import build_engine, check_engine
 from megatron.training.findings import compare_findings, find_orders, read_data
 from megatron.training.finite import find_not_finite
-from megatron.training.micro_batch import EngineTrial, choose_micro_batch
 from megatron.training.replicas import check_replicas
 from megatron.training.reporter import Reporter
 from megatron.training.run_folder import check_run_folder
 from megatron.training.run_lock import RunLock, held
 from megatron.training.saving import RunCheckpoints, open_newest
 from megatron.training.stopping import agreed
+from megatron.tuning.attention import choose_backend
+from megatron.tuning.micro_batch import EngineTrial, choose_micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class _Run:
             launch,
             saved,
             lambda: EngineTrial(
-                config, launch, self._engine, self._train_data, group=world, first=consumed
+                config, launch, self._engine, self._train_data.read, group=world, first=consumed
             ),
             group=world,
         )

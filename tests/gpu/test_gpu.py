@@ -20,7 +20,7 @@ from megatron.model.attention import (
 from megatron.model.init import build_model, init_parameters
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement
-from megatron.training.attention_choice import (
+from megatron.tuning.attention import (
     candidates,
     choose_backend,
     measure,

@@ -37,7 +37,7 @@ from megatron.engine.torch_engine import TorchEngine
 from megatron.launch import Launch
 from megatron.model.alibi import alibi_slopes
 from megatron.model.inputs import ModelInputs
-from megatron.training.attention_choice import choose_backend
+from megatron.tuning.attention import choose_backend
 from mpu import ParallelGroups, ShardedTensor
 from tools.benchmarks import megatron_core
 

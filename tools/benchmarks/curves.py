@@ -23,7 +23,7 @@ from megatron.engine.torch_engine import TorchEngine
 from megatron.launch import Launch
 from megatron.model.inputs import ModelInputs
 from megatron.optim.schedule import learning_rate
-from megatron.training.attention_choice import choose_backend
+from megatron.tuning.attention import choose_backend
 from tools.benchmarks.result import Row
 from tools.collect_corpus import choose, topic_documents
 

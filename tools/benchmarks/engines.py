@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from megatron.cli import run_tool
 from megatron.config import EngineConfig, ParallelConfig
 from megatron.engine.base import Engine
+from megatron.engine.build import build_engine
 from megatron.launch import Launch, read_environment
-from megatron.training.attention_choice import choose_backend
-from megatron.training.engine_choice import build_engine
+from megatron.tuning.attention import choose_backend
 from tools.benchmarks.contenders import Shape, Step, draw_tokens, engine_step, make_config
 from tools.benchmarks.flops import BLOOM
 from tools.benchmarks.measure import (

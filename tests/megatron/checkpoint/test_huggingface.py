@@ -31,8 +31,8 @@ from megatron.checkpoint.huggingface import (
 from megatron.checkpoint.load import open_checkpoint
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError, ConfigError
+from megatron.inference.generation import Sampling, generate
 from megatron.model.alibi import alibi_slopes
-from megatron.model.generation import Sampling, generate
 from megatron.model.language_model import BloomForPretraining
 from tests.distributed import run_ranks
 from tests.figures import Figure

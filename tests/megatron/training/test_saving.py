@@ -13,9 +13,9 @@ from megatron.config import Config
 from megatron.engine.base import Engine, Read, StepResult
 from megatron.errors import CheckpointError, NonFiniteError
 from megatron.model.inputs import ModelInputs
-from megatron.training.attention_choice import AttentionChoice, choose_backend
 from megatron.training.progress import Progress
 from megatron.training.saving import RunCheckpoints, open_newest
+from megatron.tuning.attention import AttentionChoice, choose_backend
 from mpu import Box, ShardedTensor
 from tests.distributed import run_ranks
 from tests.megatron.training.sample import make_config, make_launch

@@ -29,7 +29,7 @@ fit, or after one that takes more than 5 % longer a sample than the best.
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -40,11 +40,14 @@ from megatron.config import Config
 from megatron.engine.base import Engine
 from megatron.engine.schedules import ideal_idle_share
 from megatron.launch import Launch
+from megatron.model.inputs import ModelInputs
 from megatron.together import run_together
-from megatron.training.attention_choice import Timer, time_on_gpu
-from megatron.training.batches import BatchReader
-from megatron.training.memory import available_bytes, forget_peak, held_bytes, peak_bytes
+from megatron.tuning.attention import Timer, time_on_gpu
+from megatron.tuning.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from mpu import ParallelDims
+
+ReadBatches: TypeAlias = Callable[[int, int, int], Iterator[ModelInputs]]
+"""``BatchReader.read``: consumed samples, batch size and micro-batch size to microbatches."""
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +132,7 @@ class EngineTrial:
     """Tries sizes on the engine of the run. Collective, from its making on.
 
     Args:
-        data: the training samples.
+        read: gives training samples.
         first: the sample to begin with.
         timer: measures on the device; default: CUDA events on a GPU, and on a CPU the clock.
     """
@@ -139,7 +142,7 @@ class EngineTrial:
         config: Config,
         launch: Launch,
         engine: Engine,
-        data: BatchReader,
+        read: ReadBatches,
         *,
         group: ProcessGroup | None,
         first: int = 0,
@@ -150,7 +153,7 @@ class EngineTrial:
         self._data_size = launch.groups.dims.data
         self._device = launch.device
         self._engine = engine
-        self._data = data
+        self._read = read
         self._timer = timer or (time_on_gpu if launch.device.type == "cuda" else _time_on_cpu)
         ranks = run_together(platform.node, group).count(platform.node())
         forget_peak(self._device)
@@ -158,7 +161,7 @@ class EngineTrial:
         self._room = int(_USABLE * available_bytes(self._device, ranks))
 
     def __call__(self, size: int) -> Cost:
-        (microbatch,) = self._data.read(self._first, size * self._data_size, size)
+        (microbatch,) = self._read(self._first, size * self._data_size, size)
         in_trial = _samples_in_trial(self._config, self._data_size, size) // size
         trial = partial(self._engine.trial, [microbatch] * in_trial)
         trial()

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megatron.config import Backend, Config
 from megatron.errors import ConfigError
-from megatron.training import attention_choice
-from megatron.training.attention_choice import (
+from megatron.tuning import attention as tuning
+from megatron.tuning.attention import (
     AttentionChoice,
     candidates,
     choose_backend,
@@ -62,7 +62,7 @@ class FakeGpu:
     def choose(self, config: Config, saved: dict[str, Any] = NO_SAVE) -> AttentionChoice:
         """On one rank, or collective where there are more."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention_choice, "_one_layer", self.one_layer)
+            patch.setattr(tuning, "_one_layer", self.one_layer)
             group = dist.group.WORLD
             return choose_backend(config, GPU, saved, group=group, timer=self.timer)
 
@@ -140,7 +140,7 @@ def test_flash_is_considered_where_it_is_installed(
     documents: bool,
     want: bool,
 ) -> None:
-    monkeypatch.setattr(attention_choice, "runs_on", lambda backend, device: True)
+    monkeypatch.setattr(tuning, "runs_on", lambda backend, device: True)
     data = {"reset_attention_mask": documents, "tokenizer": tmp_path}
     config = make_config(tmp_path, train={"dtype": dtype}, data=data)
     assert ("flash" in candidates(config, GPU)) == want

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.checkpoint.load import open_checkpoint
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError, ConfigError, NonFiniteError
-from megatron.training.inference import find_checkpoint, load_model, saved_config, saved_tokenizer
+from megatron.inference.load import find_checkpoint, load_model, saved_config, saved_tokenizer
 from mpu import gather_from_region
 from tests.distributed import run_ranks
 from tests.megatron.checkpoint.sample import edit_manifest

@@ -5,7 +5,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron.errors import ConfigError
-from megatron.model.generation import Sampling, generate
+from megatron.inference.generation import Sampling, generate
 from tests.megatron.model.sample import SMALL, small_model, with_options
 
 # Tokens 2, 0, 3, 1 in falling probability: 0.4, 0.3, 0.2, 0.1.

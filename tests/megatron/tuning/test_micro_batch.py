@@ -22,9 +22,9 @@ from megatron.engine.base import Engine
 from megatron.engine.torch_engine import TorchEngine
 from megatron.launch import Launch
 from megatron.model.inputs import ModelInputs
-from megatron.training import micro_batch
 from megatron.training.batches import BatchReader
-from megatron.training.micro_batch import (
+from megatron.tuning import micro_batch
+from megatron.tuning.micro_batch import (
     Cost,
     EngineTrial,
     MicroBatchChoice,
@@ -208,7 +208,7 @@ def make_trial(
             config,
             launch_at(dims),
             cast(Engine, engine),
-            cast(BatchReader, FakeReader()),
+            FakeReader().read,
             group=None,
             timer=timer,
         )
@@ -316,6 +316,6 @@ def predict_and_try(config: Config, device: torch.device) -> list[tuple[float, i
     launch = Launch(0, 1, device, groups)
     engine = TorchEngine(config, groups, device, "explicit")
     data = BatchReader(config, launch, "train", config.train.samples, eod_id=None)
-    trial = EngineTrial(config, launch, engine, data, group=None)
+    trial = EngineTrial(config, launch, engine, data.read, group=None)
     costs = [trial(size) for size in config.micro_batch_sizes(1)]
     return [(last.need(2), cost.peak) for last, cost in pairwise(costs)]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.training import memory
-from megatron.training.memory import available_bytes, forget_peak, held_bytes, peak_bytes
+from megatron.tuning import memory
+from megatron.tuning.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""Models out of saves, and text out of models."""

@@ -1,0 +1,1 @@
+"""What a run chooses by itself, by measuring: attention backend and micro-batch size."""
