@@ -7,12 +7,11 @@ import logging
 import os
 import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from megatron.errors import ConfigError, LatePeerError, PeerError, RunError
+from megatron.errors import LatePeerError, PeerError, RunError
 from megatron.spokesman import Spokesman
 
 _NOTICE_SECONDS = 1.5
@@ -60,17 +59,6 @@ def run_tool(main: Callable[[], int]) -> NoReturn:
     """
     spokesman = Spokesman.of_process()
     run_program(main, _say_in_a_line, spokesman, sys.exit if spokesman.is_alone else leave)
-
-
-class RanksParser(ArgumentParser):
-    """The command line of a tool that runs on several ranks, which say the same of it once."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the arguments, as any other option."""
-        raise ConfigError(f"{message}; --help tells more")
-
-    def print_help(self, file: Any = None) -> None:
-        Spokesman.of_process().say(partial(super().print_help, file))
 
 
 def _say_in_a_line(error: RunError) -> None:

@@ -2,7 +2,7 @@
 
 A run reads YAML files and then the overrides of its command line, the later winning:
 
-    pretrain_bloom.py --config examples/configs/tiny.yaml --optimizer.lr 1e-4 --parallel.tensor 2
+    bloom train --config bloom-560m --optimizer.lr 1e-4 --parallel.tensor 2
 
 Unknown names and values of a wrong type are errors. A config is read, never written: what follows
 from other values is a property. What can be checked without knowing the machine is checked when the
@@ -21,16 +21,18 @@ from megatron.config.model import (
     ModelConfig,
     PositionEmbedding,
 )
+from megatron.config.named import config_names, config_path
 from megatron.config.parallel import ParallelConfig, ScheduleName
+from megatron.config.parser import asks_for_help
 from megatron.config.root import Config, config_from_dict, config_to_dict, load_config
 from megatron.config.run import CheckpointConfig, LaunchConfig, LogConfig
 from megatron.config.training import (
-    DTYPES,
     LossScaleConfig,
     OptimizerConfig,
     RampupConfig,
     Recompute,
     TrainConfig,
+    dtype_named,
 )
 
 __all__ = [
@@ -41,7 +43,6 @@ __all__ = [
     "Backend",
     "CheckpointConfig",
     "Config",
-    "DTYPES",
     "DataConfig",
     "EngineConfig",
     "LaunchConfig",
@@ -55,9 +56,13 @@ __all__ = [
     "Recompute",
     "ScheduleName",
     "TrainConfig",
+    "asks_for_help",
     "config_from_dict",
+    "config_names",
+    "config_path",
     "config_to_dict",
     "deepspeed_values",
+    "dtype_named",
     "load_config",
     "nvme_options",
 ]

@@ -11,7 +11,8 @@ class DataConfig:
     """Training data and how it is cut into samples."""
 
     paths: dict[str, float] = field(default_factory=dict)
-    """Prefixes of .bin/.idx files and their weights in the blend."""
+    """Prefixes of .bin/.idx files and their weights in the blend. On the command line
+    --data.paths.PREFIX WEIGHT, once for each, or all as JSON."""
     split: tuple[float, float, float] = (969, 30, 1)
     """Shares of the documents for training, validation and test."""
     tokenizer: Path | None = None

@@ -26,8 +26,11 @@ class ModelConfig:
     """Shape of the model."""
 
     num_layers: int
+    """Transformer layers."""
     hidden_size: int
+    """Width of the hidden states; a multiple of num_heads."""
     num_heads: int
+    """Attention heads in each layer."""
     vocab_size: int
     """Number of tokens that the tokenizer knows."""
     seq_length: int
@@ -40,7 +43,9 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Use the word embedding as output layer too."""
     embedding_layernorm: bool = True
+    """Normalise the word embedding, as BLOOM does."""
     position_embedding: PositionEmbedding = "alibi"
+    """How attention learns of positions; BLOOM has alibi."""
     alibi_precision: AlibiPrecision = "exact"
     """bloom_bf16 rounds the bias as the published BLOOM models were trained."""
     num_token_types: int = 0
@@ -48,10 +53,15 @@ class ModelConfig:
     pooler: bool = False
     """Add a pooled representation of the first token."""
     activation: Activation = "gelu"
+    """Of the MLP; all but gelu are gated, with a third matrix. BLOOM has gelu."""
     layernorm: Literal["torch", "apex"] = "torch"
+    """Whose layer norm computes; apex is a package to install."""
     layernorm_epsilon: float = 1e-5
+    """Added to the variance that a layer norm divides by the root of."""
     hidden_dropout: float = 0.0
+    """Probability with which an element of a layer's output is dropped."""
     attention_dropout: float = 0.0
+    """Probability with which an attention weight is dropped."""
     init_std: float | None = None
     """Standard deviation of the initial weights; null is BLOOM's sqrt(1 / (3 hidden_size))."""
     attention_backend: AttentionBackend = "auto"

@@ -13,13 +13,13 @@ names and types:
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megatron.config.help import build_help
+from megatron.config.help import Guide, help_text
+from megatron.config.named import about_names, config_path
 from megatron.config.values import (
     ValueMismatchError,
     convert,
@@ -28,12 +28,14 @@ from megatron.config.values import (
     parse_text,
 )
 from megatron.errors import ConfigError
+from megatron.nearest import meant
 from megatron.plain import MOST_BYTES, PlainDataError, check_plain, parse_yaml, read_file
 
 T = TypeVar("T")
 
 _OWN_OPTIONS = ("config", "help", "print_config")
 _SHORT = {"-h": "--help"}
+_HELP = (*_SHORT, "--help")
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,25 @@ class _Given:
     value: str | None
 
 
-def parse_config(config: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
+def parse_config(config: type[T], argv: Sequence[str], guide: Guide) -> T:
     """Make a ``config`` of ``--config FILE`` and ``--section.key value``, the later winning.
 
-    ``--help`` and ``--print_config`` print and raise SystemExit(0).
+    ``--help``, ``--help SECTION`` and ``--print_config`` print and raise SystemExit(0). In names
+    of options ``-`` is taken for ``_``.
 
     Args:
         config: a dataclass, whose fields may be dataclasses, and so on.
-        prog: what the help calls the program.
-        description: what the help says of it.
+        guide: what the help says besides the options.
 
     Raises:
         ConfigError: naming the option, its value and the rule that it breaks.
     """
     options = _option_types(config)
     given = list(_read_words(argv, options))
-    if any(it.name == "help" for it in given):
-        sys.stdout.write(build_help(config, prog, description).format_help())
-        raise SystemExit(0)
+    for it in given:
+        if it.name == "help":
+            sys.stdout.write(help_text(config, guide, it.value))
+            raise SystemExit(0)
     values: dict[str, Any] = {}
     for it in given:
         if it.name == "config":
@@ -72,6 +75,11 @@ def parse_config(config: type[T], argv: Sequence[str], *, prog: str, description
         sys.stdout.write(yaml.safe_dump(_shown(config, values), sort_keys=False))
         raise SystemExit(0)
     return _build(config, values)
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether a command line only wants to be told what there is."""
+    return any(word.partition("=")[0] in _HELP for word in argv)
 
 
 def config_from_values(config: type[T], values: Mapping[str, Any]) -> T:
@@ -106,14 +114,20 @@ def _read_words(argv: Sequence[str], options: Mapping[str, Any]) -> Iterator[_Gi
     words = list(argv)
     for word in words:
         if word.startswith("--"):
-            _check_name(word[2:].partition("=")[0], options)
+            _check_name(_spelled(word[2:].partition("=")[0], options), options)
     while words:
         word = words.pop(0)
         word = _SHORT.get(word, word)
         if not word.startswith("--"):
             raise _error(f"unrecognized arguments: {word}")
         name, has_value, value = word[2:].partition("=")
-        if name in ("help", "print_config"):
+        name = _spelled(name, options)
+        if name == "help":
+            if not has_value and words and not words[0].startswith("-"):
+                value = words.pop(0)
+            yield _Given(name, value or None)
+            continue
+        if name == "print_config":
             if has_value:
                 raise _error(f"argument --{name}: takes no value, got '{value}'")
             yield _Given(name, None)
@@ -125,13 +139,19 @@ def _read_words(argv: Sequence[str], options: Mapping[str, Any]) -> Iterator[_Gi
         yield _Given(name, value)
 
 
-def _read_config(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The values in a file, by dotted names."""
-    place = f"--config {path}: "
+def _spelled(name: str, options: Mapping[str, Any]) -> str:
+    """The name of an option as it is declared, if it differs in ``-`` for ``_`` only."""
+    declared = name.replace("-", "_")
+    return declared if declared in (*options, *_OWN_OPTIONS) else name
+
+
+def _read_config(given: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in a file, or in a config of the package, by dotted names."""
+    place = f"--config {given}: "
     try:
-        values = parse_yaml(read_file(Path(path), MOST_BYTES).decode())
+        values = parse_yaml(read_file(config_path(given), MOST_BYTES).decode())
     except OSError as error:
-        raise _error(f"{place}cannot be read: {error.strerror}") from error
+        raise _error(f"{place}cannot be read: {error.strerror}{about_names(given)}") from error
     except (PlainDataError, UnicodeDecodeError) as error:
         raise _error(f"{place}is not YAML: {_one_line(str(error))}") from error
     except ValueError as error:
@@ -267,8 +287,8 @@ def _check_name(name: str, options: Mapping[str, Any], place: str = "") -> None:
         inside = next(option for option in options if option.startswith(f"{name}."))
         raise _error(f"{place}{name} is a section, not an option; give its options, as {inside}")
     sections = {option.rpartition(".")[0] for option in options} - {""}
-    nearest = max([*options, *sorted(sections)], key=lambda option: _likeness(name, option))
-    raise _error(f"{place}{name:.200} is not an option; did you mean {nearest}?")
+    hint = meant(name, [*options, *sorted(sections)])
+    raise _error(f"{place}{name:.200} is not an option{hint}")
 
 
 def _mapping_of(name: str, options: Mapping[str, Any]) -> str | None:
@@ -279,13 +299,6 @@ def _mapping_of(name: str, options: Mapping[str, Any]) -> str | None:
 
 def _is_section(name: str, options: Mapping[str, Any]) -> bool:
     return any(option.startswith(f"{name}.") for option in options)
-
-
-def _likeness(name: str, option: str) -> float:
-    """How much the names are alike, as a whole and without their sections: 0 to 2."""
-    name = name[:200]
-    pairs = [(name, option), (name.rpartition(".")[2], option.rpartition(".")[2])]
-    return sum(SequenceMatcher(a=a, b=b).ratio() for a, b in pairs)
 
 
 def _one_line(text: str) -> str:

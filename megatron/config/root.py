@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.config.data import DataConfig
 from megatron.config.deepspeed import check_deepspeed
 from megatron.config.engine import EngineConfig
+from megatron.config.help import Guide
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.parser import config_from_values, parse_config
@@ -17,7 +18,9 @@ from megatron.config.rules import require, require_multiple
 from megatron.config.run import CheckpointConfig, LaunchConfig, LogConfig
 from megatron.config.training import OptimizerConfig, TrainConfig
 from megatron.errors import ConfigError
-from mpu import ParallelDims
+
+if TYPE_CHECKING:
+    from mpu import ParallelDims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ class Config:
             f"engine.deepspeed needs engine.name deepspeed, got {engine.name}",
         )
 
-    def layout(self, world_size: int) -> ParallelDims:
+    def layout(self, world_size: int) -> "ParallelDims":
         """The rank grid on ``world_size`` ranks.
 
         Raises:
@@ -115,6 +118,9 @@ class Config:
             require_multiple(name, batch, of, step)
             self._check_microbatches(batch // step)
         require_multiple("train.eval_samples", self.train.eval_samples, of, step)
+        # Torch comes with it, which takes seconds, and which help and messages do without.
+        from mpu import ParallelDims
+
         return ParallelDims(tensor=tensor, data=data, pipeline=pipeline)
 
     def micro_batch_sizes(self, world_size: int) -> list[int]:
@@ -153,6 +159,33 @@ class Config:
             )
 
 
+_GUIDE = Guide(
+    prog="bloom train",
+    description="Pretrain a BLOOM-style language model, or go on with the run in a folder.",
+    examples=(
+        "bloom train --config bloom-560m --data.paths.data/text 1.0 --data.tokenizer tok.json",
+        "torchrun --nproc_per_node 4 --no_python bloom train --config run.yaml --parallel.tensor 2",
+        "bloom train --config bloom-176b --dry_run 80",
+    ),
+    most_used=(
+        "data.paths",
+        "data.tokenizer",
+        "train.micro_batch_size",
+        "train.dtype",
+        "train.stop_at_step",
+        "optimizer.lr",
+        "parallel.tensor",
+        "checkpoint.save_interval",
+        "checkpoint.resume",
+        "log.interval",
+    ),
+    own={
+        "dry_run [GIB]": "train nothing: count the memory of every stage, and whether GIB are "
+        "enough for each rank"
+    },
+)
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The values of ``config`` as JSON has them; what YAML prints of it can be read again."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
@@ -176,8 +209,4 @@ def load_config(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: naming the option, its value and the rule that it breaks.
     """
-    description = (
-        "Pretrain a BLOOM-style language model. With --dry_run [GIB] nothing is trained: the "
-        "memory of every stage is counted, and whether GIB are enough for each rank."
-    )
-    return parse_config(Config, argv, prog="pretrain_bloom.py", description=description)
+    return parse_config(Config, argv, _GUIDE)

@@ -35,6 +35,7 @@ class LogConfig:
     interval: int = 10
     """Steps between log lines."""
     tensorboard: bool = False
+    """Write TensorBoard files into the run folder too; needs the extra of that name."""
 
     def __post_init__(self) -> None:
         require_positive("log", interval=self.interval)

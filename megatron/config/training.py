@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from megatron.config.rules import (
     require,
@@ -14,14 +12,21 @@ from megatron.config.rules import (
     require_positive,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def dtype_named(name: str) -> "torch.dtype":
+    """Torch's dtype for one of the words of ``train.dtype``."""
+    # Torch takes seconds to import, and a config is read without it.
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _DTYPES[name])
+    return dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +34,25 @@ class OptimizerConfig:
     """AdamW, its schedule and the clipping of gradients."""
 
     name: Literal["adamw", "apex_adamw"] = "adamw"
+    """AdamW in torch, or apex's fused one, which needs apex and a GPU."""
     lr: float = 3e-4
+    """Learning rate at its highest, after the warm-up."""
     min_lr: float = 0.0
+    """Learning rate that the decay ends at."""
     decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "cosine"
+    """How the learning rate falls from lr to min_lr after the warm-up."""
     warmup_samples: int = 0
+    """Samples over which the learning rate grows from 0 to lr."""
     decay_samples: int | None = None
     """Samples at which the learning rate has reached min_lr; null is train.samples."""
     weight_decay: float = 0.1
+    """Decay of AdamW, decoupled from the gradient; biases and norms have none."""
     beta1: float = 0.9
+    """Part of the mean of the gradients that stays at each step."""
     beta2: float = 0.95
+    """Part of the mean of their squares that stays at each step."""
     eps: float = 1e-8
+    """Added to the root of the mean of squares, which the update is divided by."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
 
@@ -71,6 +85,7 @@ class RampupConfig:
     start: int = 0
     """Samples in the first step; 0 is no ramp-up."""
     increment: int = 0
+    """Samples by which the batch grows at a time."""
     samples: int = 0
     """Samples over which the batch grows."""
 
@@ -92,10 +107,13 @@ class LossScaleConfig:
     """
 
     initial: float = 2.0**16
+    """The scale at the start."""
     minimum: float = 1.0
     """An overflow at this scale ends the run."""
     window: int = 1000
+    """Steps in a row without overflow after which the scale doubles."""
     hysteresis: int = 2
+    """Overflows since the scale last doubled after which it halves."""
 
     def __post_init__(self) -> None:
         require_positive("train.loss_scale", **vars(self))
@@ -186,8 +204,8 @@ class TrainConfig:
         )
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+    def torch_dtype(self) -> "torch.dtype":
+        return dtype_named(self.dtype)
 
     @property
     def least_micro_batch_size(self) -> int:

@@ -1,1 +1,1 @@
-"""Models out of saves, and text out of models."""
+"""Models out of saves, text out of models, and exports that others open."""

@@ -16,6 +16,9 @@ import torch
 import transformers
 from transformers import AutoTokenizer, BloomForCausalLM  # noqa: F401
 
+import megatron.inference.continuations
+import megatron.inference.export
+import megatron.inference.load  # noqa: F401
 import pretrain_bloom
 from megatron.cli import run_tool
 

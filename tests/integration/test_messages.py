@@ -168,10 +168,10 @@ def test_error_of_all_ranks_is_told_once(delay: float, folder: Path, tmp_path: P
     assert str(tmp_path / "none") in told
 
 
-@pytest.mark.parametrize("argument", ["--help", "--print_config"])
+@pytest.mark.parametrize("argument", ["--help=all", "--print-config"])
 def test_help_is_printed_once(argument: str, folder: Path) -> None:
     result = run_pretrain([*base_argv(folder), argument], world_size=2)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    named = "  --launch.timeout" if argument == "--help" else "  timeout:"
+    named = "  --launch.timeout" if argument == "--help=all" else "  timeout:"
     assert len([line for line in lines if line.startswith(named)]) == 1, result.stdout

@@ -194,9 +194,9 @@ def test_printed_config_can_be_read_again(folder: Path) -> None:
 
 
 def test_help_shows_every_option_with_its_default() -> None:
-    result = run_pretrain(["--help"])
+    result = run_pretrain(["--help", "all"])
     assert result.exit_code == 0
-    text = " ".join(result.stdout.split()).partition(" options: ")[2]
+    text = " ".join(result.stdout.split())
     helps = {part.split()[0]: part for part in text.split(" --")[1:]}
     for name, value in option_defaults(Config):
         assert value in helps[name], name
@@ -213,4 +213,6 @@ def option_defaults(config: type, prefix: str = "") -> Iterator[tuple[str, str]]
             yield name, "(required, "
         else:
             default = {} if field.default is MISSING else field.default
-            yield name, f"default: {'null' if default is None else default})"
+            words = {None: "null", True: "true", False: "false"}
+            shown = words[default] if default is None or type(default) is bool else default
+            yield name, f"default: {list(shown) if isinstance(shown, tuple) else shown})"

@@ -5,12 +5,9 @@ import sys
 
 import pytest
 
-from megatron.cli import RanksParser
-from megatron.errors import ConfigError
-
 PROGRAM = """
 import os, sys, threading, time
-from megatron.cli import RanksParser, run_tool
+from megatron.cli import run_tool
 from megatron.errors import DataError, LatePeerError, PeerError
 
 def main():
@@ -60,16 +57,3 @@ def test_rank_leaves_without_waiting_for_threads_and_a_lone_tool_ends_its_proces
     ends = "import atexit; atexit.register(print, 'cleaned up'); " + waits
     assert start(ends).stdout == "cleaned up\n"
     assert start(ends, **ranks).stdout == ""
-
-
-def test_arguments_of_ranks_are_refused_as_options_are() -> None:
-    parser = RanksParser()
-    parser.add_argument("--seed", type=int, required=True)
-    with pytest.raises(ConfigError, match="--seed: invalid int value: 'x'; --help tells more"):
-        parser.parse_args(["--seed", "x"])
-
-
-def test_help_of_ranks_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        RanksParser(description="What it does.").parse_args(["--help"])
-    assert "What it does." in capsys.readouterr().out

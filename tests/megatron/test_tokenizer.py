@@ -7,9 +7,9 @@ import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from megatron.commands.tokenizer import train_tokenizer
 from megatron.errors import DataError, DiskError
 from megatron.tokenizer import load_tokenizer
-from tools.train_tokenizer import train_tokenizer
 
 TEXTS = [
     "Hello world, don't 'quote' me .",

@@ -11,12 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.config import ModelConfig
-from megatron.data.blend import blend
-from megatron.errors import ConfigError, RunError
-from megatron.launch import Launch
-from tests.figures import Figure
-from tools.benchmarks import (
+from megatron.benchmarks import (
     attention,
     communication,
     contenders,
@@ -33,9 +28,9 @@ from tools.benchmarks import (
     train_step_gpu,
     train_step_tensor,
 )
-from tools.benchmarks.ablations import Ablation
-from tools.benchmarks.changes import CPU_CHANGES, GPU_CHANGES, Change
-from tools.benchmarks.measure import (
+from megatron.benchmarks.ablations import Ablation
+from megatron.benchmarks.changes import CPU_CHANGES, GPU_CHANGES, Change
+from megatron.benchmarks.measure import (
     NoisyError,
     Times,
     check_losses,
@@ -44,7 +39,13 @@ from tools.benchmarks.measure import (
     peak_bytes,
     runnable,
 )
-from tools.benchmarks.result import MIB, Result, Row, read_result
+from megatron.benchmarks.result import MIB, Result, read_result
+from megatron.config import ModelConfig
+from megatron.data.blend import blend
+from megatron.errors import ConfigError, RunError
+from megatron.launch import Launch
+from megatron.report.tables import Row
+from tests.figures import Figure
 
 CPU = torch.device("cpu")
 BENCHMARKS = {

@@ -7,9 +7,10 @@ from string import Template
 
 import pytest
 
+from megatron.benchmarks import page, train_step
+from megatron.benchmarks.result import Result, publish
 from megatron.errors import DataError
-from tools.benchmarks import page, train_step
-from tools.benchmarks.result import Result, Row, Table, publish, table_lines
+from megatron.report.tables import Row, Table, table_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +31,7 @@ def test_table_has_even_columns() -> None:
 def test_documentation_is_what_the_tool_makes() -> None:
     made = page.make_page(ROOT / "docs" / "performance")
     assert (ROOT / "docs" / "performance.md").read_text() == made, (
-        "run python -m tools.benchmarks.page"
+        "run python -m megatron.benchmarks.page"
     )
 
 

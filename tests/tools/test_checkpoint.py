@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.errors import CheckpointError
 from tests.megatron.checkpoint.sample import save
 from tools.checkpoint import main
 
@@ -29,17 +30,24 @@ def test_verify_accepts_what_was_written(
     assert "every file is as it was written" in capsys.readouterr().out
 
 
-def test_verify_of_a_damaged_file_exits_with_4(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_of_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path)
     os.truncate(path / "rank-00000.safetensors", 100)
-    assert main(["verify", str(path)]) == 4
-    assert "rank-00000.safetensors: is damaged: 100 bytes long" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="rank-00000.safetensors: is damaged: 100 bytes long"):
+        main(["verify", str(path)])
 
 
-def test_missing_checkpoint_exits_with_4(
+def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing: is neither a checkpoint nor a run folder"):
+        main(["inspect", str(tmp_path / "nothing")])
+
+
+def test_a_run_is_named_by_its_folder_and_its_newest_save_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", str(tmp_path / "nothing")]) == 4
-    assert "nothing" in capsys.readouterr().err
+    saves = tmp_path / "run" / "checkpoints"
+    saves.mkdir(parents=True)
+    save(tmp_path / "a").rename(saves / "step-00000100")
+    newest = save(tmp_path / "b").rename(saves / "step-00000200")
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == f"{newest}: every file is as it was written\n"

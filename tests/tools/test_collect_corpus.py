@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from tools.collect_corpus import Document, choose, library_documents, main
+from megatron.commands.corpus import Document, choose, library_documents, main
 
 
 def test_corpus_holds_sources_and_help_topics_once(tmp_path: Path) -> None:

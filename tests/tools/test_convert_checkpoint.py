@@ -14,11 +14,11 @@ from megatron.checkpoint.huggingface import write_weights
 from megatron.checkpoint.load import CheckpointReader
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError, ConfigError, DataError, DiskError, NonFiniteError
+from megatron.inference import export
 from megatron.tokenizer import load_tokenizer
 from tests.distributed import run_ranks
 from tests.megatron.model.sample import LAST_WEIGHT, save_model, with_options
 from tests.megatron.test_tokenizer import make_sentencepiece_file
-from tools import convert_checkpoint
 from tools.convert_checkpoint import main
 
 MODEL = with_options(vocab_size=301)
@@ -172,7 +172,7 @@ def test_export_that_computes_otherwise_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     write: Callable[[CheckpointReader, Path, torch.dtype], None],
 ) -> None:
-    monkeypatch.setattr(convert_checkpoint, "write_weights", write)
+    monkeypatch.setattr(export, "write_weights", write)
     with pytest.raises(CheckpointError, match="transformers computes other logits"):
         convert(runs[1], tmp_path / "hf")
     nothing_but(tmp_path)
@@ -186,10 +186,31 @@ def test_tolerance_decides(runs: dict[int, Path], tmp_path: Path) -> None:
 
 def test_existing_output_is_refused_and_kept(runs: dict[int, Path], tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
-    with pytest.raises(ConfigError, match="--output .*hf: exists already"):
+    with pytest.raises(ConfigError, match="--output: .*hf exists already"):
         convert(runs[1], tmp_path / "hf")
     nothing_but(tmp_path, "hf")
     nothing_but(tmp_path / "hf")
+
+
+def test_an_export_is_replaced_where_that_is_asked_for(
+    runs: dict[int, Path], tmp_path: Path
+) -> None:
+    convert(runs[1], tmp_path / "hf", "--dtype", "bf16")
+    assert convert(runs[1], tmp_path / "hf", "--overwrite") == 0
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    nothing_but(tmp_path, "hf")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "checkpoints/step-00000001/manifest.json"])
+def test_only_an_export_is_replaced(runs: dict[int, Path], tmp_path: Path, name: str) -> None:
+    path = tmp_path / "hf" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="hf: is not an export; --overwrite replaces nothing"):
+        convert(runs[1], tmp_path / "hf", "--overwrite")
+    assert path.read_text() == "mine"
+    nothing_but(tmp_path, "hf")
 
 
 def test_model_that_is_no_bloom_is_refused(tmp_path: Path) -> None:

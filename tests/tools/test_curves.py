@@ -2,8 +2,8 @@
 
 import torch
 
-from tools.benchmarks.curves import Size, microbatch, read_samples
-from tools.benchmarks.fp8_loss import QUICK
+from megatron.benchmarks.curves import Size, microbatch, read_samples
+from megatron.benchmarks.fp8_loss import QUICK
 
 
 def test_points_are_means_of_equal_intervals() -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmarks import fp8_loss
-from tools.benchmarks.curves import read_samples
-from tools.benchmarks.fp8_loss import FULL, HELD_OUT, VARIANTS
-from tools.benchmarks.result import read_result
+from megatron.benchmarks import fp8_loss
+from megatron.benchmarks.curves import read_samples
+from megatron.benchmarks.fp8_loss import FULL, HELD_OUT, VARIANTS
+from megatron.benchmarks.result import read_result
 
 pytest.importorskip("torchao", reason="torchao, of the extra fp8, is not installed")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, BloomForCausalLM
 
+from megatron.commands.export import main as convert
+from megatron.commands.generate import main
 from megatron.errors import CheckpointError, ConfigError, DataError
 from tests.distributed import run_ranks
 from tests.megatron.model.sample import save_model, with_options
-from tools.convert_checkpoint import main as convert
-from tools.generate import main
 
 ROOT = Path(__file__).parents[2]
 MODEL = with_options(vocab_size=300)
@@ -37,7 +37,7 @@ def generated(capsys: pytest.CaptureFixture[str], run: Path, *options: str) -> s
 def test_greedy_text_is_that_of_transformers(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(["to-hf", "--checkpoint", str(run), "--output", str(tmp_path / "hf")])
+    convert(["--checkpoint", str(run), "--output", str(tmp_path / "hf")])
     model = BloomForCausalLM.from_pretrained(str(tmp_path / "hf"), local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "hf"), local_files_only=True)
     want = ""

@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron.commands.migrate import main
 from megatron.config import Config, config_from_dict, config_to_dict, load_config
 from megatron.config.dotted import nest
 from megatron.errors import ConfigError
+from megatron.migration.deepspeed_json import SAME, parse_json
+from megatron.migration.flags import DEFAULTS, FLAGS, Same, Switch
+from megatron.migration.run import Migration, Original
+from megatron.migration.shell import open_parts, read_script, shown
+from megatron.migration.translate import Migrated, gather, translate
+from megatron.migration.values import Flags, Kind
 from megatron.model.flops import count_parameters
 from megatron.tokenizer import load_tokenizer
 from megatron.training.dry_run import dry_run
 from tests.figures import Figure
-from tools.migrate_config import main
-from tools.migration.deepspeed_json import SAME, parse_json
-from tools.migration.flags import DEFAULTS, FLAGS, Same, Switch
-from tools.migration.run import Migration, Original
-from tools.migration.shell import open_parts, read_script, shown
-from tools.migration.translate import Migrated, gather, translate
-from tools.migration.values import Flags, Kind
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "migration"
@@ -84,7 +84,7 @@ PUBLISHED = {"bloom-176b.slurm": 176_247_271_424, "bloom-1b7.slurm": 1_722_408_9
 def migrate(argv: list[str], folder: Path) -> tuple[Config, str]:
     """The config that comes out as a run reads it, and its text."""
     path = folder / "run.yaml"
-    assert main(["--output", str(path), *argv]) == 0
+    assert main(["--output", str(path), "--overwrite", *argv]) == 0
     return load_config(["--config", str(path)]), path.read_text()
 
 
@@ -752,6 +752,13 @@ def test_comments_beside_options_say_where_they_come_from(
     assert found["beta2: 0.999"] == "the original's default"
     assert found["folder: runs/run"] == "a stand-in"
     assert config_from_dict(yaml.safe_load(text)).model.num_layers == 2
+
+
+def test_a_config_that_is_there_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match="--output: .*run.yaml exists already"):
+        main(["--output", str(tmp_path / "run.yaml"), *VOCAB, "--", *SHORTEST.split()])
+    assert (tmp_path / "run.yaml").read_text() == "mine"
 
 
 def test_error_is_one_message_and_exit_code_2(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ from typing import Literal
 
 import pytest
 
+from megatron.benchmarks import overhead
+from megatron.benchmarks.contenders import Shape, draw_tokens
+from megatron.benchmarks.measure import Times
+from megatron.benchmarks.overhead import PROCESS, QUICK, SCHEDULES, idle_share
+from megatron.benchmarks.ranks import run_alone
+from megatron.benchmarks.result import read_result
 from megatron.launch import Launch
 from tests.figures import Figure
-from tools.benchmarks import overhead
-from tools.benchmarks.contenders import Shape, draw_tokens
-from tools.benchmarks.measure import Times
-from tools.benchmarks.overhead import PROCESS, QUICK, SCHEDULES, idle_share
-from tools.benchmarks.ranks import run_alone
-from tools.benchmarks.result import read_result
 
 SHAPE: Shape = QUICK[0]
 

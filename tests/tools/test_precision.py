@@ -5,11 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import ParallelConfig
-from mpu import ParallelDims
-from tests.figures import Figure
-from tools.benchmarks import precision
-from tools.benchmarks.precision import (
+from megatron.benchmarks import precision
+from megatron.benchmarks.precision import (
     FIRST_SCALE,
     FULL,
     LAYOUTS,
@@ -20,7 +17,10 @@ from tools.benchmarks.precision import (
     make_config,
     rows_of,
 )
-from tools.benchmarks.result import read_result
+from megatron.benchmarks.result import read_result
+from megatron.config import ParallelConfig
+from mpu import ParallelDims
+from tests.figures import Figure
 
 SEEDS = {f"{ONE_PROCESS}, seed 2": 1.1, f"{ONE_PROCESS}, seed 3": 1.4}
 

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from megatron.commands import prepare
+from megatron.commands.prepare import Encoding, cut_batches, encode_batch, main
 from megatron.data.content import read_content
 from megatron.data.corpus import Record
 from megatron.data.description import read_description
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.text_bytes import read_text_bytes
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from tests.megatron.data import reference
 from tests.megatron.test_tokenizer import make_tokenizer_file
-from tools import preprocess_data
-from tools.preprocess_data import Encoding, cut_batches, encode_batch, main
 
 TEXTS = ["the quick brown fox", "gr\u00fc\u00dfe \u4e2d\u6587\n\n  end", "dog", "x" * 3000, " a "]
 
@@ -39,6 +39,7 @@ def run(tokenizer: Tokenizer, *inputs: Path, options: tuple[str, ...] = ()) -> P
     prefix = tokenizer.path.parent / "out" / "data.v1"
     names = [str(path) for path in inputs]
     arguments = ["--tokenizer", str(tokenizer.path), "--output", str(prefix), *options]
+    arguments.append("--overwrite")
     assert main(["--input", *names, *arguments]) == 0
     return prefix
 
@@ -95,7 +96,7 @@ def test_output_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Small batches, so that many are on their way at once.
-    monkeypatch.setattr(preprocess_data, "BATCH_BYTES", 100)
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 100)
     texts = [f"{i} " + TEXTS[i % len(TEXTS)] * (i % 7) for i in range(200)]
     path = write_lines(tmp_path / "a.jsonl", json_lines(texts))
     outputs = []
@@ -151,7 +152,7 @@ def test_byte_order_mark_is_dropped() -> None:
 
 
 def test_batches_keep_all_records_in_order() -> None:
-    size = preprocess_data.BATCH_BYTES // 3
+    size = prepare.BATCH_BYTES // 3
     records = [Record(str(i), b"x" * size, False) for i in range(10)]
     batches = list(cut_batches(records))
     assert [len(batch) for batch in batches] == [4, 4, 2]
@@ -191,10 +192,16 @@ def test_folder_without_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) ->
         run(tokenizer, tmp_path / "empty")
 
 
-def test_number_of_workers_is_checked(
-    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".bytes", ".json"])
+def test_files_that_are_there_are_kept(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
+    there = tmp_path / f"data{suffix}"
+    there.write_text("mine")
+    arguments = ["--tokenizer", str(tokenizer.path), "--output", str(tmp_path / "data")]
+    with pytest.raises(ConfigError, match=f"--output: .*data{suffix} exists already"):
+        main(["--input", str(tmp_path / "not read"), *arguments])
+    assert there.read_text() == "mine"
+
+
+def test_number_of_workers_is_checked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
         run(tokenizer, tmp_path / "a.jsonl", options=("--workers", "0"))
-    assert caught.value.code == 2
-    assert "--workers must be at least 1, got 0" in capsys.readouterr().err

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.errors import DataError, DiskError
+from megatron.errors import ConfigError, DataError, DiskError
+from megatron.report.curves import draw, load_run, smooth, summarize
 from megatron.training.metrics import METRICS_FILE, EvalMetrics, MetricsWriter, StepMetrics
-from tools.report import draw, load_run, main, smooth, summarize
+from tools.report import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,6 +208,22 @@ def test_the_output_goes_where_it_is_wanted(tmp_path: Path) -> None:
         "report.png",
     ]
     assert [path.name for path in folder.iterdir()] == [METRICS_FILE]
+
+
+def test_a_report_that_is_there_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 0, 3)
+    (folder / "report.html").write_text("mine")
+    with pytest.raises(ConfigError, match="--output: .*report.html exists already"):
+        main([str(folder)])
+    assert (folder / "report.html").read_text() == "mine"
+    assert main([str(folder), "--overwrite"]) == 0
+    assert "<title>" in (folder / "report.html").read_text()
+
+
+def test_the_run_of_a_save_is_reported(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 0, 3)
+    assert main([str(folder / "checkpoints" / "step-00000003")]) == 0
+    assert (folder / "report.png").exists()
 
 
 def test_an_output_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:

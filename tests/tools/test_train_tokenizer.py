@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import load_tokenizer
 from tools.train_tokenizer import main
 
@@ -57,13 +57,29 @@ def test_same_input_gives_the_same_file(tmp_path: Path, corpus: Path) -> None:
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
-def test_vocabulary_must_hold_all_bytes(
+def test_vocabulary_must_hold_all_bytes(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="--vocab_size must be at least 260, got 259"):
+        main(["--input", str(corpus), "--vocab_size", "259", "--output", str(tmp_path / "a.json")])
+
+
+def test_fewer_tokens_than_asked_for_are_told(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--input", str(corpus), "--vocab_size", "259", "--output", str(tmp_path / "a.json")])
-    assert caught.value.code == 2
-    assert "--vocab_size must be at least 260, got 259" in capsys.readouterr().err
+    output = tmp_path / "a.json"
+    main(["--input", str(corpus), "--vocab_size", "90000", "--output", str(output)])
+    found = load_tokenizer(output).vocab_size
+    assert f"train with --model.vocab_size {found}\n" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_is_there_is_kept(tmp_path: Path, corpus: Path) -> None:
+    output = tmp_path / "tokenizer.json"
+    output.write_text("mine")
+    arguments = ["--input", str(corpus), "--vocab_size", "300", "--output", str(output)]
+    with pytest.raises(ConfigError, match="--output: .*tokenizer.json exists already"):
+        main(arguments)
+    assert output.read_text() == "mine"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert load_tokenizer(output).vocab_size == 300
 
 
 def test_input_without_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ part() {
 benchmark() {
     local name=$1 seconds=$2
     shift 2
-    part "$name" "$seconds" python -m "tools.benchmarks.$name" --json "$out/${name%_gpu}_gpu.json" "$@"
+    part "$name" "$seconds" python -m "megatron.benchmarks.$name" --json "$out/${name%_gpu}_gpu.json" "$@"
 }
 
 if [ "${2:-}" = runs ]; then

@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from megatron.config.help import Guide
 from megatron.config.parser import parse_config
 from megatron.errors import ConfigError
 
@@ -37,8 +38,11 @@ class Outer:
             raise ConfigError("rate must not be 13")
 
 
+GUIDE = Guide(prog="thing.py", description="Do things.")
+
+
 def parse(*argv: object) -> Outer:
-    return parse_config(Outer, [str(a) for a in argv], prog="thing.py", description="Do things.")
+    return parse_config(Outer, [str(a) for a in argv], GUIDE)
 
 
 def message(*argv: object) -> str:
@@ -136,4 +140,4 @@ def test_help_has_the_words_beside_the_fields(capsys: pytest.CaptureFixture[str]
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Do things." in text
-    assert "--inner.size SIZE How many. (type: int, default: 3)" in text
+    assert "--inner.size SIZE How many. (type: whole number, default: 3)" in text
