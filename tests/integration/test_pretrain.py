@@ -1,6 +1,7 @@
 """Whole runs: what is learnt, what is written, and that no layout changes it."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_help_shows_every_option_with_its_default() -> None:
     result = run_pretrain(["--help", "all"])
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    helps = {part.split()[0]: part for part in text.split(" --")[1:]}
+    helps = {part.split()[0]: part for part in re.split(r" --(?=[a-z0-9_.]+ [A-Z{])", text)[1:]}
     for name, value in option_defaults(Config):
         assert value in helps[name], name
 
