@@ -31,6 +31,16 @@ def blocks(text: str) -> Iterator[Block]:
         yield Block(found[1], found[2], text.count("\n", 0, found.start()) + 2)
 
 
+def program(text: str) -> str:
+    """The Python blocks of a page as one program, in which each line has its number on the page."""
+    lines = [""] * text.count("\n")
+    for block in blocks(text):
+        if block.language == "python":
+            code = block.text.splitlines()
+            lines[block.line - 1 : block.line - 1 + len(code)] = code
+    return "\n".join(lines)
+
+
 def headings(text: str) -> list[str]:
     return re.findall(r"^#+ (.+)$", without_blocks(text), re.M)
 
