@@ -94,10 +94,16 @@ def launched(
         groups = build_groups(dims, timeout)
     # The timeout before was for the start; later the store waits as long as the collectives.
     met.store.set_timeout(timeout)
-    with during():
-        yield Launch(
-            environment.rank, environment.world_size, device, groups, config.timeout, spokesman
-        )
+    try:
+        with during():
+            yield Launch(
+                environment.rank, environment.world_size, device, groups, config.timeout, spokesman
+            )
+    except BaseException:
+        # Alone, a program may go on: a notebook starts again. Among others it ends, and at once.
+        if environment.world_size == 1:
+            dist.destroy_process_group()
+        raise
     with during("the end of the run"):
         # A rank that left early would cut the connections that its peers still use.
         dist.barrier()

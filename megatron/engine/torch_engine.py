@@ -91,7 +91,11 @@ class TorchEngine(Engine):
         unscale = to_mean / scale
         grad_norm = self._parameters.gradient_norm() * unscale
         measured = torch.stack([loss_sum * unscale, grad_norm])
-        self._update(unscale * self._clip_factor(grad_norm), measured, lr)
+        self._parameters.scale_gradients(unscale * self._clip_factor(grad_norm))
+        # The device skips an update by itself, where one of these is not finite.
+        skip = (~measured.isfinite().all()).float()
+        update(self._optimizer, lr, skip)
+        self._parameters.sync_weights()
         # The one point of a step where the CPU waits for the device.
         result = StepResult(*measured.tolist())
         return self._checked(result)
@@ -175,13 +179,6 @@ class TorchEngine(Engine):
         if max_norm == 0:
             return torch.ones_like(grad_norm)
         return (max_norm / (grad_norm + 1e-6)).clamp(max=1)
-
-    def _update(self, gradient_factor: Tensor, measured: Tensor, lr: float) -> None:
-        """Update the weights, unless one of ``measured`` is not finite."""
-        self._parameters.scale_gradients(gradient_factor)
-        skip = (~measured.isfinite().all()).float()
-        update(self._optimizer, lr, skip)
-        self._parameters.sync_weights()
 
     def _checked(self, result: StepResult) -> StepResult:
         """Count an update; let the loss scale follow an overflow, or end the run."""

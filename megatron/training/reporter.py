@@ -3,22 +3,26 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
 from megatron.config import Config, config_to_dict
+from megatron.data.summary import DatasetSummary, summary_lines
 from megatron.engine.base import StepResult
 from megatron.launch import Launch
 from megatron.model.flops import count_parameters, flops_per_token, peak_flops
 from megatron.optim.schedule import batch_plan
+from megatron.training.callbacks import Callback
 from megatron.training.metrics import (
     EvalMetrics,
     MetricsWriter,
     StepMetrics,
     Window,
+    duration,
     eval_line,
     log_line,
 )
@@ -39,6 +43,11 @@ class Reporter:
     Args:
         guard: called before anything is written; raises if the folder belongs to another run.
         bytes_per_token: of the text behind the evaluated tokens, if it is known.
+        datasets: what the run reads.
+        callbacks: are told too, on every rank.
+
+    Attributes:
+        last_step, last_evaluation: what was told last.
     """
 
     def __init__(
@@ -48,7 +57,13 @@ class Reporter:
         start: Progress,
         guard: Callable[[], None] = lambda: None,
         bytes_per_token: float | None = None,
+        datasets: Sequence[DatasetSummary] = (),
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        self.last_step: StepMetrics | None = None
+        self.last_evaluation: EvalMetrics | None = None
+        self._datasets = datasets
+        self._callbacks = callbacks
         self._config = config
         self._launch = launch
         self._total_steps = start.step + sum(
@@ -80,10 +95,11 @@ class Reporter:
         parallel = self._config.parallel
         layout = {**vars(dims), "sequence": parallel.sequence, "zero": parallel.zero}
         logger.info(
-            "%s parameters, %d ranks (tensor %d x pipeline %d x data %d) on %s, engine %s, "
+            "%s parameters, %d %s (tensor %d x pipeline %d x data %d) on %s, engine %s, "
             "%s, %d steps",
             f"{parameters:,}",
             self._launch.world_size,
+            "rank" if self._launch.world_size == 1 else "ranks",
             dims.tensor,
             dims.pipeline,
             dims.data,
@@ -92,6 +108,8 @@ class Reporter:
             self._config.train.dtype,
             self._total_steps,
         )
+        for line in summary_lines(self._datasets):
+            logger.info("%s", line)
         values = config_to_dict(self._config)
         about: dict[str, Any] = {
             "world_size": self._launch.world_size,
@@ -99,6 +117,7 @@ class Reporter:
             "device": self._device,
             "parameters": parameters,
             "torch": torch.__version__,
+            "data": [vars(dataset) for dataset in self._datasets],
             "config": values,
         }
         folder, text = self._config.folder, yaml.safe_dump(values, sort_keys=False).encode()
@@ -107,20 +126,36 @@ class Reporter:
 
     def nothing_to_do(self, progress: Progress, complete: bool) -> None:
         """Tell why a run at ``progress`` trains no further."""
-        train = self._config.train
-        done = (
-            f"step {progress.step} of {self._total_steps}, "
-            f"{progress.consumed_samples} of {train.samples} samples"
-        )
         if complete:
-            logger.info("complete: %s; raise train.samples to go on", done)
+            logger.info("complete: %s; raise train.samples to go on", self._far(progress))
         else:
-            stop = train.stop_at_step
-            logger.info("stopped at train.stop_at_step %s: %s; raise it to go on", stop, done)
+            stop, far = self._config.train.stop_at_step, self._far(progress)
+            logger.info("stopped at train.stop_at_step %s: %s; raise it to go on", stop, far)
 
-    def saved(self, progress: Progress) -> None:
+    def done(self, progress: Progress, complete: bool, save: Path | None) -> None:
+        """Tell that the run has come to its end, or to train.stop_at_step."""
+        what = "complete" if complete else "stopped at train.stop_at_step"
+        seconds = time.perf_counter() - self._started
+        logger.info("%s: %s, after %s", what, self._far(progress), duration(seconds))
+        if save is not None:
+            folder = self._config.folder
+            logger.info(
+                "newest save %s; to look at the run, python tools/report.py %s; to sample from "
+                "it, python tools/generate.py --checkpoint %s --prompt ...",
+                *(save, folder, folder),
+            )
+
+    def _far(self, progress: Progress) -> str:
+        return (
+            f"step {progress.step} of {self._total_steps}, "
+            f"{progress.consumed_samples} of {self._config.train.samples} samples"
+        )
+
+    def saved(self, progress: Progress, path: Path) -> None:
         """Tell of the save at ``progress``."""
         self._writer.write_save(progress.step)
+        for callback in self._callbacks:
+            callback.on_save(progress.step, path)
 
     def step(
         self, progress: Progress, result: StepResult, lr: float, batch_size: int, seconds: float
@@ -158,6 +193,9 @@ class Reporter:
                 )
             )
             self.flush()
+        self.last_step = metrics
+        for callback in self._callbacks:
+            callback.on_step(metrics)
 
     def evaluation(self, progress: Progress, split: str, loss: float) -> None:
         """Tell of an evaluation after ``progress``."""
@@ -178,6 +216,9 @@ class Reporter:
             logger.warning(
                 "step %d: the %s loss is %s, not a finite number", progress.step, split, loss
             )
+        self.last_evaluation = metrics
+        for callback in self._callbacks:
+            callback.on_evaluation(metrics)
 
     def flush(self) -> None:
         """Let all that was told outlast this process; before a save, which resumes from here."""

@@ -56,8 +56,8 @@ class RunCheckpoints:
         self._folder = config.folder / CHECKPOINTS
         self._resumed = Progress()
 
-    def save(self, progress: Progress) -> None:
-        """Save the state after ``progress``.
+    def save(self, progress: Progress) -> Path:
+        """Save the state after ``progress``, and return the path of the save.
 
         Raises:
             DiskError: if there is no room, or a file cannot be written.
@@ -81,6 +81,7 @@ class RunCheckpoints:
             guard=self._guard,
         )
         logger.info("saved %s", path)
+        return path
 
     def resume(self, saved: SavedRun | None) -> Progress:
         """Load what ``open_newest`` gave; the progress that it was made at.

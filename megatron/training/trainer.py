@@ -11,6 +11,7 @@ from megatron.config import Config
 from megatron.data.content import Findings
 from megatron.data.history import Phase
 from megatron.data.loader import Split
+from megatron.data.summary import summarize
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine, check_engine
 from megatron.errors import ConfigError, NonFiniteError, StoppedOnRequestError
@@ -24,6 +25,7 @@ from megatron.stopping import NOTHING_CHANGED, StopSignals
 from megatron.together import run_everywhere, run_on_first
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.batches import BatchReader, reads_data
+from megatron.training.callbacks import Callback, TrainResult
 from megatron.training.changes import run_phases, saved_choices
 from megatron.training.data_identity import agree_on_data
 from megatron.training.findings import compare_findings, find_orders, read_data
@@ -41,12 +43,19 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains as ``config`` says. Every rank makes one and calls ``train``."""
+    """Trains as ``config`` says. Every rank makes one and calls ``train``.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        callbacks: are told of steps, evaluations and saves.
+    """
+
+    def __init__(self, config: Config, callbacks: Sequence[Callback] = ()) -> None:
         self.config = config
+        self.callbacks = callbacks
 
-    def train(self, signals: StopSignals | None = None, spokesman: Spokesman | None = None) -> None:
+    def train(
+        self, signals: StopSignals | None = None, spokesman: Spokesman | None = None
+    ) -> TrainResult:
         """Train from the newest save, or from the start, to the end or ``train.stop_at_step``.
 
         Args:
@@ -59,8 +68,7 @@ class Trainer:
         """
         if signals is None:
             with StopSignals() as own:
-                self.train(own, spokesman)
-            return
+                return self.train(own, spokesman)
         environment = read_environment()
         setup_logging(environment.rank)
         check_engine(self.config)
@@ -74,9 +82,10 @@ class Trainer:
                 lock = parts.enter_context(held(folder))
                 if lock is not None:
                     signals.before_leaving(lock.release)
-                run = parts.enter_context(closing(_Run(self.config, launch, environment, lock)))
+                run = _Run(self.config, launch, environment, lock, self.callbacks)
+                parts.enter_context(closing(run))
             signals.only_note()
-            run.go(signals)
+            return run.go(signals)
 
 
 class _Run:
@@ -91,6 +100,7 @@ class _Run:
         launch: Launch,
         environment: RankEnvironment,
         lock: RunLock | None,
+        callbacks: Sequence[Callback],
     ) -> None:
         world = dist.group.WORLD
         guard = _no_guard if lock is None else lock.check
@@ -134,16 +144,21 @@ class _Run:
         with during("the start" if newest is None else f"loading {newest.path}"):
             self._progress = self._checkpoints.resume(newest)
         self._saved_step = self._progress.step
+        self._save_path = None if newest is None else newest.path
         bytes_per_token = run_on_first(self._valid_data.bytes_per_token, world)
+        datasets = run_on_first(lambda: summarize(config, findings), world)
         self._reporter = run_everywhere(
-            lambda: Reporter(config, launch, self._progress, guard, bytes_per_token), world
+            lambda: Reporter(
+                config, launch, self._progress, guard, bytes_per_token, datasets, callbacks
+            ),
+            world,
         )
 
-    def go(self, signals: StopSignals) -> None:
+    def go(self, signals: StopSignals) -> TrainResult:
         """Step until the run is done, or is to stop."""
         if self._is_done():
             self._reporter.nothing_to_do(self._progress, self._is_complete())
-            return
+            return self._result()
         if self._is_to_stop(signals):
             raise StoppedOnRequestError(NOTHING_CHANGED, on_every_rank=True)
         with during("the start"):
@@ -172,6 +187,18 @@ class _Run:
                 on_every_rank=True,
             )
         self._save()
+        self._reporter.done(self._progress, self._is_complete(), self._save_path)
+        return self._result()
+
+    def _result(self) -> TrainResult:
+        reporter = self._reporter
+        return TrainResult(
+            self._progress,
+            self._is_complete(),
+            reporter.last_step,
+            reporter.last_evaluation,
+            self._save_path,
+        )
 
     def _is_to_stop(self, signals: StopSignals) -> bool:
         with self._launch.waiting(f"the end of step {self._progress.step}"):
@@ -231,9 +258,9 @@ class _Run:
         self._check_state()
         self._reporter.flush()
         with during(f"the save of step {self._progress.step}"):
-            self._checkpoints.save(self._progress)
+            self._save_path = self._checkpoints.save(self._progress)
         self._saved_step = self._progress.step
-        self._reporter.saved(self._progress)
+        self._reporter.saved(self._progress, self._save_path)
 
     def _check_state(self) -> None:
         """Look at all weights and moments: whether they are numbers, and copies equal."""
