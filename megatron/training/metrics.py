@@ -16,7 +16,7 @@ The hexadecimal fields, made by ``float.hex``, compare two runs bit for bit.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from megatron.data.summary import DatasetSummary
 from megatron.errors import ConfigError, DataError, DiskError
 from megatron.training.metrics_file import Record as Record
 from megatron.training.metrics_file import (
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+
+_DATASETS = 8
+"""Datasets that are told of one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +169,28 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}"
+
+
+def data_lines(summaries: Sequence[DatasetSummary]) -> Iterator[str]:
+    """For people: all data, and what is read of each dataset, the most often read first."""
+    if not summaries:
+        return
+    train = short_number(sum(it.train_tokens for it in summaries))
+    valid = short_number(sum(it.valid_tokens for it in summaries))
+    times = f", read {summaries[0].epochs:.3g} times" if len(summaries) == 1 else ""
+    yield f"data: {train} tokens to train on{times}; {valid} to validate with"
+    if len(summaries) == 1:
+        return
+    ordered = sorted(summaries, key=lambda it: it.epochs, reverse=True)
+    for it in ordered[:_DATASETS]:
+        yield (
+            f"data: {it.share:.1%} from {it.prefix}, {it.epochs:.3g} epochs of "
+            f"{short_number(it.train_tokens)} tokens"
+        )
+    if len(ordered) > _DATASETS:
+        rest = ordered[_DATASETS:]
+        share = sum(it.share for it in rest)
+        yield f"data: {share:.1%} from {len(rest)} more, at most {rest[0].epochs:.3g} epochs each"
 
 
 def short_number(value: float) -> str:

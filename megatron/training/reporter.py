@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from megatron.config import Config, config_to_dict
-from megatron.data.summary import DatasetSummary, summary_lines
+from megatron.data.summary import DatasetSummary
 from megatron.engine.base import StepResult
 from megatron.launch import Launch
 from megatron.model.flops import count_parameters, flops_per_token, peak_flops
@@ -22,6 +22,7 @@ from megatron.training.metrics import (
     MetricsWriter,
     StepMetrics,
     Window,
+    data_lines,
     duration,
     eval_line,
     log_line,
@@ -108,7 +109,7 @@ class Reporter:
             self._config.train.dtype,
             self._total_steps,
         )
-        for line in summary_lines(self._datasets):
+        for line in data_lines(self._datasets):
             logger.info("%s", line)
         values = config_to_dict(self._config)
         about: dict[str, Any] = {
@@ -140,8 +141,8 @@ class Reporter:
         if save is not None:
             folder = self._config.folder
             logger.info(
-                "newest save %s; to look at the run, python tools/report.py %s; to sample from "
-                "it, python tools/generate.py --checkpoint %s --prompt ...",
+                "newest save %s; to look at the run, bloom report %s; to sample from it, "
+                "bloom generate %s --prompt ...",
                 *(save, folder, folder),
             )
 

@@ -63,7 +63,7 @@ def written(tmp_path: Path, single_group: ProcessGroup) -> dict[str, dict[str, A
     progress = Progress().after(4, config.model.seq_length)
     reporter.step(progress, StepResult(3.5, 1.25), 1e-3, 4, 0.5)
     reporter.evaluation(progress, "valid", 2.0)
-    reporter.saved(progress)
+    reporter.saved(progress, tmp_path)
     reporter.close()
     lines = [json.loads(line) for line in (config.folder / METRICS_FILE).open()]
     return {line["event"]: line for line in lines}

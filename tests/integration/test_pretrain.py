@@ -83,15 +83,14 @@ def test_log_tells_of_start_steps_and_save(folder: Path) -> None:
     assert lines[1] == f"fresh start: no save in {folder}/log/checkpoints"
     grid = "1 rank (tensor 1 x pipeline 1 x data 1)"
     assert f"parameters, {grid} on CPU, engine torch, fp64, 10 steps" in lines[2]
-    assert lines[3] == "data: 2.64 k tokens to train on, 61 tokens to validate with"
-    assert lines[4] == f"data: the run reads 0.969 epochs of {folder}/text"
-    assert lines[5].startswith("step  5/10")
-    assert lines[6].startswith("step 10/10")
+    assert lines[3] == "data: 2.64k tokens to train on, read 0.969 times; 61 to validate with"
+    assert lines[4].startswith("step  5/10")
+    assert lines[5].startswith("step 10/10")
     save = f"{folder}/log/checkpoints/step-00000010"
-    assert lines[7] == f"saved {save}"
-    assert lines[8].startswith("complete: step 10 of 10, 80 of 80 samples, after ")
-    assert lines[9].startswith(f"newest save {save}; ")
-    assert len(lines) == 10
+    assert lines[6] == f"saved {save}"
+    assert lines[7].startswith("complete: step 10 of 10, 80 of 80 samples, after ")
+    assert lines[8].startswith(f"newest save {save}; ")
+    assert len(lines) == 9
 
 
 def test_complete_run_is_not_trained_further(folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from megatron.config import Config, DataConfig, ModelConfig, TrainConfig
 from megatron.data.content import Findings
 from megatron.data.indexed_dataset import IndexedDatasetWriter
-from megatron.data.summary import DatasetSummary, summarize, summary_lines
+from megatron.data.summary import DatasetSummary, summarize
 
 
 def write(prefix: Path, sizes: list[int]) -> str:
@@ -36,12 +36,3 @@ def test_tokens_of_each_split_and_epochs_of_a_blend(tmp_path: Path) -> None:
         DatasetSummary(small, 0.75, 180, 15, pytest.approx(0.75 * 720 / 180)),
         DatasetSummary(large, 0.25, 800, 200, pytest.approx(0.25 * 720 / 800)),
     ]
-
-
-def test_the_dataset_that_is_read_most_often_is_told_first() -> None:
-    summaries = [DatasetSummary(f"d{n}", 0.1, 1_000_000, 5, float(n)) for n in range(10)]
-    lines = list(summary_lines(summaries))
-    assert lines[0] == "data: 10 M tokens to train on, 50 tokens to validate with"
-    assert lines[1] == "data: 10.0% from d9, 9 epochs of 1 M tokens"
-    assert lines[9:] == ["data: 20.0% from 2 more, at most 1 epochs each"]
-    assert not list(summary_lines([]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron.data.summary import DatasetSummary
 from megatron.errors import ConfigError, DataError, DiskError
 from megatron.training.metrics import (
     METRICS_FILE,
@@ -17,6 +18,7 @@ from megatron.training.metrics import (
     MetricsWriter,
     StepMetrics,
     Window,
+    data_lines,
     duration,
     eval_line,
     log_line,
@@ -353,3 +355,12 @@ def test_durations_are_hours_minutes_seconds(seconds: float, text: str) -> None:
 )
 def test_numbers_keep_three_digits(value: float, text: str) -> None:
     assert short_number(value) == text
+
+
+def test_the_dataset_that_is_read_most_often_is_told_first() -> None:
+    summaries = [DatasetSummary(f"d{n}", 0.1, 1_000_000, 5, float(n)) for n in range(10)]
+    lines = list(data_lines(summaries))
+    assert lines[0] == "data: 10M tokens to train on; 50 to validate with"
+    assert lines[1] == "data: 10.0% from d9, 9 epochs of 1M tokens"
+    assert lines[9:] == ["data: 20.0% from 2 more, at most 1 epochs each"]
+    assert not list(data_lines([]))
