@@ -21,13 +21,17 @@ def main(argv: Sequence[str]) -> int:
     """Write the export that the command line asks for; return the exit code."""
     args = _build_parser().parse(argv)
     check_output(args, "--output", [args.output])
-    with _others_silent():
-        from megatron.checkpoint.load import open_checkpoint
-        from megatron.config import dtype_named
-        from megatron.inference.export import export
-        from megatron.inference.load import find_checkpoint
+    from megatron.checkpoint.load import open_checkpoint
+    from megatron.config import dtype_named
+    from megatron.inference.load import find_checkpoint
 
-        reader = open_checkpoint(find_checkpoint(run_of(args)))
+    reader = open_checkpoint(find_checkpoint(run_of(args)))
+    with _others_silent():
+        from transformers.utils.logging import disable_progress_bar
+
+        from megatron.inference.export import export
+
+        disable_progress_bar()
         difference = export(
             reader, args.output, dtype_named(args.dtype), args.tolerance, overwrite=args.overwrite
         )
@@ -37,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _others_silent() -> Iterator[None]:
-    """Without what transformers' imports say of packages that are not needed here."""
+    """Without what transformers and its imports say of packages that are not needed here."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

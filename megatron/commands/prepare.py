@@ -11,8 +11,6 @@ left out.
 
 import argparse
 import os
-import sys
-import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +26,7 @@ from numpy.typing import NDArray
 
 from megatron.atomic import make_folder
 from megatron.commands.arguments import CommandParser, add_overwrite, check_output
+from megatron.commands.progress import Progress, bytes_to_read
 from megatron.data.corpus import SUFFIXES, BadRecordError, Record, find_files, read_records
 from megatron.data.description import Description, write_description
 from megatron.data.indexed_dataset import (
@@ -44,7 +43,6 @@ from megatron.tokenizer import Tokenizer, load_tokenizer
 BATCH_BYTES = 1 << 19
 BATCHES_PER_WORKER = 4
 BAD_RECORDS_SHOWN = 5
-SECONDS_BETWEEN_REPORTS = 5.0
 WRITTEN = (".bin", ".idx", ".bytes", ".json")
 
 
@@ -104,29 +102,6 @@ class Totals:
         self.largest_token = max(self.largest_token, *largest, 0)
         self.bad += len(batch.bad)
         self.first_bad += batch.bad[: BAD_RECORDS_SHOWN - len(self.first_bad)]
-
-
-class Progress:
-    """Tells every few seconds how far the work has come."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._last = self._start
-
-    def update(self, totals: Totals) -> None:
-        """Print a line if it is time."""
-        if time.monotonic() - self._last >= SECONDS_BETWEEN_REPORTS:
-            self._last = time.monotonic()
-            print(self.line(totals), file=sys.stderr, flush=True)
-
-    def line(self, totals: Totals) -> str:
-        """Amount and speed so far."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        return (
-            f"{totals.documents:,} documents, {totals.tokens:,} tokens in {seconds:.1f} s "
-            f"({totals.documents / seconds:,.0f} documents/s, "
-            f"{totals.read_bytes / seconds / 1e6:.1f} MB/s)"
-        )
 
 
 @cache
@@ -191,26 +166,37 @@ def _use_one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def write_dataset(prefix: Path, vocab_size: int, batches: Iterable[EncodedBatch]) -> Totals:
-    """Write PREFIX.bin and PREFIX.idx.
+def write_dataset(
+    prefix: Path, vocab_size: int, batches: Iterable[EncodedBatch], progress: Progress
+) -> Totals:
+    """Write PREFIX.bin and PREFIX.idx, and tell ``progress`` of each batch.
 
     Raises:
         DataError: if no record holds text; nothing is written then.
     """
     totals = Totals()
-    progress = Progress()
     with IndexedDatasetWriter(prefix, dtype_for_vocab(vocab_size)) as writer:
         for batch in batches:
             for ids in batch.documents:
                 writer.add(ids)
                 writer.end_document()
             totals.count(batch)
-            progress.update(totals)
+            progress.update(totals.read_bytes, f"{totals.documents:,} documents")
         if totals.documents == 0:
             first = f", first {totals.first_bad[0]}" if totals.first_bad else ""
             raise DataError(f"no text in the input: {totals.bad} bad records{first}")
-    print(progress.line(totals))
+    progress.close()
+    print(_summary(totals, progress.seconds))
     return totals
+
+
+def _summary(totals: Totals, seconds: float) -> str:
+    """Amount and speed."""
+    return (
+        f"{totals.documents:,} documents, {totals.tokens:,} tokens in {seconds:.1f} s "
+        f"({totals.documents / seconds:,.0f} documents/s, "
+        f"{totals.read_bytes / seconds / 1e6:.1f} MB/s)"
+    )
 
 
 def build_parser() -> CommandParser:
@@ -260,10 +246,11 @@ def main(argv: Sequence[str]) -> int:
     check_output(args, "--output", [Path(f"{args.output}{suffix}") for suffix in WRITTEN])
     tokenizer = load_tokenizer(args.tokenizer)
     encoding = Encoding(args.tokenizer, args.json_key, args.append_eod)
-    records = read_records(find_files(args.input))
+    files = find_files(args.input)
     make_folder(args.output.parent)
-    batches = encode_all(encoding, records, args.workers)
-    totals = write_dataset(args.output, tokenizer.vocab_size, batches)
+    batches = encode_all(encoding, read_records(files), args.workers)
+    progress = Progress(bytes_to_read(files))
+    totals = write_dataset(args.output, tokenizer.vocab_size, batches, progress)
     write_description(args.output, describe(args.output, tokenizer, totals))
     report(args.output, totals)
     return 0

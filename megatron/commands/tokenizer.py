@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from megatron.atomic import atomic_write, make_folder
 from megatron.commands.arguments import CommandParser, add_overwrite, check_output
+from megatron.commands.progress import Progress, bytes_to_read
 from megatron.data.corpus import SUFFIXES, BadRecordError, Record, find_files, read_records
 from megatron.errors import DataError, printable
 
@@ -40,20 +41,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        # That of the merges, which follow the reading.
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def read_texts(records: Iterable[Record], json_key: str) -> Iterator[str]:
-    """The texts of all records that hold one.
+def read_texts(records: Iterable[Record], json_key: str, progress: Progress) -> Iterator[str]:
+    """The texts of all records that hold one; ``progress`` is told of each record.
 
     Raises:
         DataError: if none does.
     """
-    found = 0
+    found = read = 0
     for record in records:
+        read += len(record.content)
+        progress.update(read)
         try:
             text = record.text(json_key)
         except BadRecordError as error:
@@ -61,6 +65,7 @@ def read_texts(records: Iterable[Record], json_key: str) -> Iterator[str]:
             continue
         found += 1
         yield text
+    progress.close()
     if found == 0:
         raise DataError("no text in the input")
 
@@ -95,7 +100,8 @@ def main(argv: Sequence[str]) -> int:
     if args.vocab_size < SMALLEST_VOCAB_SIZE:
         parser.error(f"--vocab_size must be at least {SMALLEST_VOCAB_SIZE}, got {args.vocab_size}")
     check_output(args, "--output", [args.output])
-    texts = read_texts(read_records(find_files(args.input)), args.json_key)
+    files = find_files(args.input)
+    texts = read_texts(read_records(files), args.json_key, Progress(bytes_to_read(files)))
     tokenizer = train_tokenizer(texts, args.vocab_size)
     make_folder(args.output.parent)
     with atomic_write(args.output) as file:

@@ -287,7 +287,7 @@ def _check_name(name: str, options: Mapping[str, Any], place: str = "") -> None:
         inside = next(option for option in options if option.startswith(f"{name}."))
         raise _error(f"{place}{name} is a section, not an option; give its options, as {inside}")
     sections = {option.rpartition(".")[0] for option in options} - {""}
-    hint = meant(name, [*options, *sorted(sections)])
+    hint = meant(name, [*options, *sorted(sections)]) or "; --help all has those that there are"
     raise _error(f"{place}{name:.200} is not an option{hint}")
 
 
