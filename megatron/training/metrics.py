@@ -251,7 +251,7 @@ class MetricsWriter:
     ) -> None:
         """Tell of a start of the run: layout, device, number of parameters, config, ...
 
-        ``tools/report.py`` shows every entry; "config" apart from the others.
+        ``bloom report`` shows every entry; "config" apart from the others.
 
         Args:
             beside: files that appear together with this line, or not at all.
