@@ -7,6 +7,12 @@ from megatron.config.page import configuration_page
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Write the page."""
     with atomic_write(PAGE) as file:
         file.write(configuration_page().encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -86,6 +86,8 @@ def _check_python(args: Sequence[str]) -> None:
         _check_training(rest)
     elif first == "-m" and rest[0] == "pytest":
         _check_paths(rest[1:])
+    elif first == "-m" and rest[0] == "megatron.commands":
+        _check_verb(rest[1:])
     elif first == "-m":
         assert importlib.util.find_spec(rest[0]) is not None, rest[0]
         if rest[0] not in ("mypy", "venv") and not rest[0].startswith("tests."):
@@ -97,6 +99,9 @@ def _check_python(args: Sequence[str]) -> None:
 
 def _check_verb(args: Sequence[str]) -> None:
     verb, *rest = args
+    if verb in ("--help", "VERB"):
+        # The list of verbs, and any of them.
+        return
     assert verb in VERBS, verb
     if verb == "train":
         _check_training(rest)
@@ -106,6 +111,9 @@ def _check_verb(args: Sequence[str]) -> None:
 
 def _check_training(args: Sequence[str]) -> None:
     """A config that is made by an earlier command stands for that of the quickstart."""
+    if args in ([], ["..."]):
+        # Named in the text, with or without its place for arguments.
+        return
     _, options = take_request(args)
     words = list(options)
     if not {"--help", "--print_config"} & set(words):
