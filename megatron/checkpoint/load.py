@@ -11,7 +11,7 @@ tensor, cut by two layouts that need not know of each other:
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,12 +50,19 @@ class _Copy:
 
 
 def open_checkpoint(
-    path: Path, *, group: ProcessGroup | None = None, verify: bool = True
+    path: Path,
+    *,
+    group: ProcessGroup | None = None,
+    verify: bool = True,
+    told: Callable[[int], None] | None = None,
 ) -> "CheckpointReader":
     """Open the save ``path`` after checking all of it.
 
     Collective over ``group``; None if this process is alone. Without ``verify`` the sizes of the
     files and the tensors in them are checked, but not their hashes.
+
+    Args:
+        told: called after each file with the bytes that this rank has checked.
 
     Raises:
         CheckpointError: on every rank, if the save is missing, damaged or contradicts itself.
@@ -64,13 +71,26 @@ def open_checkpoint(
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     # The largest first, so that the ranks get about as much each.
     names = sorted(manifest.files, key=lambda name: manifest.files[name].bytes, reverse=True)
-    mine = names[rank::size]
+    mine: Iterable[str] = names[rank::size]
+    if told is not None:
+        mine = _telling(mine, manifest, told)
     damages = run_together(lambda: find_damages(path, manifest, mine, verify), group)
     found = [damage for damages_of_rank in damages for damage in damages_of_rank]
     if found:
         others = f" (other damaged files: {len(found) - 1})" if len(found) > 1 else ""
         raise CheckpointError(found[0] + others, on_every_rank=True)
     return CheckpointReader(path, manifest, group)
+
+
+def _telling(
+    names: Iterable[str], manifest: Manifest, told: Callable[[int], None]
+) -> Iterator[str]:
+    """``names``, whose bytes are counted and told when the next one is asked for."""
+    checked = 0
+    for name in names:
+        yield name
+        checked += manifest.files[name].bytes
+        told(checked)
 
 
 class CheckpointReader:

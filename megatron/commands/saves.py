@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron.commands.arguments import CommandParser, add_run, run_of
+from megatron.commands.progress import Progress, bytes_to_read
 from megatron.errors import printable
 
 if TYPE_CHECKING:
@@ -50,7 +51,14 @@ def _open(argv: Sequence[str], verb: str, does: str) -> "CheckpointReader":
     from megatron.checkpoint.load import open_checkpoint
     from megatron.inference.load import find_checkpoint
 
-    return open_checkpoint(find_checkpoint(run_of(args)), verify=verb == "verify")
+    path = find_checkpoint(run_of(args))
+    if verb == "inspect":
+        return open_checkpoint(path, verify=False)
+    progress = Progress(bytes_to_read(file for file in path.rglob("*") if file.is_file()))
+    try:
+        return open_checkpoint(path, told=progress.update)
+    finally:
+        progress.close()
 
 
 def describe(reader: "CheckpointReader") -> str:

@@ -1,10 +1,12 @@
 """The command line that looks into checkpoints."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from megatron.checkpoint.load import open_checkpoint
 from megatron.errors import CheckpointError
 from tests.megatron.checkpoint.sample import save
 from tools.checkpoint import main
@@ -28,6 +30,17 @@ def test_verify_accepts_what_was_written(
 ) -> None:
     assert main(["verify", str(save(tmp_path))]) == 0
     assert "every file is as it was written" in capsys.readouterr().out
+
+
+def test_how_much_has_been_verified_is_told_after_each_file(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    told: list[int] = []
+    reader = open_checkpoint(path, told=told.append)
+    manifest = json.loads((path / "manifest.json").read_text())
+    sizes = sorted((file["bytes"] for file in manifest["files"].values()), reverse=True)
+    assert len(sizes) > 1
+    assert told == [sum(sizes[:count]) for count in range(1, len(sizes) + 1)]
+    assert reader.path == path
 
 
 def test_verify_of_a_damaged_file_is_refused(tmp_path: Path) -> None:
