@@ -99,7 +99,7 @@ def vocab_parallel_linear_cross_entropy(
     if ignored is not None:
         targets = targets.masked_fill(ignored, 0)
         token_weights = token_weights.masked_fill(ignored, 0)
-    chunk = chunk_tokens or max(1, _chunk_bytes(weight.device) // (4 * weight.size(0)))
+    chunk = chunk_tokens or tokens_at_once(weight.size(0), _gpu_memory(weight.device))
     return _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.size(-1)),
         weight,
@@ -111,10 +111,21 @@ def vocab_parallel_linear_cross_entropy(
     )
 
 
-def _chunk_bytes(device: torch.device) -> int:
+def tokens_at_once(rows: int, gpu_memory: float | None) -> int:
+    """Tokens whose logits are in memory at once, where nobody says how many.
+
+    Args:
+        rows: of the vocabulary on this rank.
+        gpu_memory: bytes of the GPU; None on a CPU.
+    """
+    room = _CHUNK_BYTES if gpu_memory is None else int(gpu_memory * _CHUNK_SHARE)
+    return max(1, room // (4 * rows))
+
+
+def _gpu_memory(device: torch.device) -> float | None:
     if device.type != "cuda":
-        return _CHUNK_BYTES
-    return int(torch.cuda.get_device_properties(device).total_memory * _CHUNK_SHARE)
+        return None
+    return float(torch.cuda.get_device_properties(device).total_memory)
 
 
 @dataclass(frozen=True)

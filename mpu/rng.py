@@ -138,6 +138,8 @@ def _uniform(keys: Tensor, num_columns: int, first_column: int) -> Tensor:
 
 def _fold(keys: Tensor, values: Tensor) -> Tensor:
     """New int64 keys from ``keys`` and ``values``, which broadcast: splitmix64 of their sum."""
+    if keys.is_meta:
+        return keys + values
     x = keys + (values + 1) * _INCREMENT
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
         x = (x ^ _shift_right(x, shift, 64)) * multiplier
@@ -146,6 +148,10 @@ def _fold(keys: Tensor, values: Tensor) -> Tensor:
 
 def _random_bits(keys: Tensor, num_columns: int, first_column: int = 0) -> Tensor:
     """32 random bits for each column of each row: int64 ``(*)`` -> int32 ``(*, num_columns)``."""
+    if keys.is_meta:
+        # Nothing to compute; a step of it has the bits before and after.
+        bits = torch.empty((*keys.shape, num_columns), dtype=torch.int32, device=keys.device)
+        return bits.clone()
     columns = torch.arange(
         first_column, first_column + num_columns, dtype=torch.int32, device=keys.device
     )

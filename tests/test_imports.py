@@ -82,6 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "megatron.engine.schedules",
         "megatron.errors",
         "megatron.model",
+        "megatron.optim",
     },
     "megatron.checkpoint": {
         "mpu.sharding",
@@ -153,6 +154,7 @@ COLLECTIVE = (
     "megatron.meeting",
     "megatron.optim",
     "megatron.peers",
+    "megatron.planning.absent_peers",
     "megatron.together",
     "megatron.training",
 )

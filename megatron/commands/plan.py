@@ -2,21 +2,19 @@
 
     bloom plan --config bloom-176b --cluster a100 --gpus 384
 
-Prints a table of the best layouts, and how many did not fit; ``--plot`` draws them all. What the
-predictions are made of stands in ``megatron/planning``. They rank layouts; before a long run, try
-the first few of them for some steps.
+Prints a table of the best layouts, how many did not fit, how long the run takes on the best, and
+the options that give it; ``--plot`` draws them all. What the predictions are made of stands in
+``megatron/planning``. They rank layouts; before a long run, try the first few for some steps.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron.commands.arguments import CommandParser, add_overwrite, check_output
 from megatron.config import load_config
-from megatron.config.rules import require, require_multiple
-from megatron.planning.cluster import CLUSTERS, GIB, Cluster
+from megatron.config.rules import require
+from megatron.planning.cluster import CLUSTERS, GIB, cluster_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
     if args.plot is not None:
         check_output(args, "--plot", [args.plot])
     config = load_config(["--config", args.config, *options])
-    cluster = _cluster(args)
+    memory = None if args.memory is None else args.memory * GIB
+    cluster = cluster_of(args.cluster, args.gpus, args.gpus_per_node, memory)
     from megatron.planning.search import search
     from megatron.report.layouts import layout_lines, write_plot
 
@@ -41,15 +40,6 @@ def main(argv: Sequence[str]) -> int:
         write_plot(config, cluster, found, args.plot)
         print(f"\nwrote {args.plot}")
     return 0
-
-
-def _cluster(args: argparse.Namespace) -> Cluster:
-    """The cluster that is asked for, with what is known of the named one."""
-    named = CLUSTERS[args.cluster]
-    memory = named.memory if args.memory is None else args.memory * GIB
-    per_node = min(args.gpus, args.gpus_per_node)
-    require_multiple("--gpus", args.gpus, "--gpus_per_node", per_node)
-    return replace(named, gpus=args.gpus, gpus_per_node=per_node, memory=memory)
 
 
 def _build_parser() -> CommandParser:

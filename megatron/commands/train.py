@@ -66,7 +66,7 @@ def _run(argv: Sequence[str], signals: StopSignals, spokesman: Spokesman) -> Non
     with redirect_stdout(sys.stdout if first else StringIO()):
         if asks_for_help(options):
             load_config(options)
-        from megatron.training.dry_run_report import take_request
+        from megatron.planning.report import answer, take_request
 
         request, options = take_request([_underscored(word) for word in options])
         config = load_config(options)
@@ -75,10 +75,4 @@ def _run(argv: Sequence[str], signals: StopSignals, spokesman: Spokesman) -> Non
 
         Trainer(config).train(signals, spokesman)
     elif first:
-        from megatron.training.dry_run import dry_run
-        from megatron.training.dry_run_report import dry_run_report
-
-        found = dry_run(config)
-        sys.stdout.write(dry_run_report(found, request.memory))
-        if request.memory is not None:
-            found.check_fits(request.memory)
+        answer(config, request, sys.stdout.write)

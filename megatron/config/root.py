@@ -181,7 +181,7 @@ _GUIDE = Guide(
     ),
     own={
         "dry_run [GIB]": "train nothing: count the memory of every stage, and whether GIB are "
-        "enough for each rank"
+        "enough for each rank; with --cluster a100, h100 or h200 also how long the run takes",
     },
 )
 

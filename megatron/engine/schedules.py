@@ -103,10 +103,17 @@ def plan_training(name: ScheduleName, ranks: int, chunks: int, microbatches: int
         chunks: stages on each rank.
         microbatches: of one data rank; for interleaved_1f1b a multiple of ``ranks``.
     """
-    if name == "zero_bubble":
-        return _plan([_zero_bubble(rank, ranks, microbatches) for rank in range(ranks)], ranks)
-    orders = [_one_f_one_b(rank, ranks, chunks, microbatches) for rank in range(ranks)]
+    orders = [training_order(name, rank, ranks, chunks, microbatches) for rank in range(ranks)]
     return _plan(orders, ranks * chunks)
+
+
+def training_order(
+    name: ScheduleName, rank: int, ranks: int, chunks: int, microbatches: int
+) -> list[Task]:
+    """The tasks of ``rank`` in a training step, in the order of ``plan_training``."""
+    if name == "zero_bubble":
+        return _zero_bubble(rank, ranks, microbatches)
+    return _one_f_one_b(rank, ranks, chunks, microbatches)
 
 
 def plan_evaluation(ranks: int, chunks: int, microbatches: int) -> Plan:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -22,25 +22,6 @@ from megatron.optim.loss_scaler import LossScaler
 from megatron.optim.parameters import Parameters
 from mpu import ParallelGroups, RngStreams, ShardedTensor
 from mpu.deferral import DeferringProducts
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes that this rank holds between steps.
-
-    Attributes:
-        weights: what the model computes with.
-        gradients: what the gradients of a step are added up in.
-        optimizer: moments, and main weights where they are kept apart.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
 
 
 class TorchEngine(Engine):
@@ -118,17 +99,6 @@ class TorchEngine(Engine):
             for kind in ("weight", *MOMENTS)
             for tensor in self._parameters.state(kind, self._state_of(kind))
         ]
-
-    def state_bytes(self) -> StateBytes:
-        """How much memory the state takes on this rank. Not collective."""
-        decayed, others = self._parameters.main()
-        mains = [*decayed, *others]
-        moments = [moment(self._optimizer, main, name) for main in mains for name in MOMENTS]
-        weights = self._parameters.weights()
-        # Main weights may be the weights themselves.
-        held = _storage_bytes([*weights, *mains, *moments])
-        own = _storage_bytes(weights)
-        return StateBytes(own, self._parameters.gradient_bytes(), held - own)
 
     def scalars(self) -> dict[str, float]:
         scaler = {} if self._scaler is None else self._scaler.state()
@@ -237,9 +207,3 @@ def _build_parameters(
         compute_dtype=config.train.torch_dtype,
         reshard=zero == 3,
     )
-
-
-def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Size of what holds ``tensors``, of which several may share a storage."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron.config import BACKENDS_WITH_DROPOUT, Backend
+from megatron.config import BACKENDS_WITH_DROPOUT, Backend, Config
 from megatron.model.attention_backends.blocked import blocked_attention
 from megatron.model.attention_backends.flash import flash_attention, flash_is_installed
 from megatron.model.attention_backends.flex import flex_block_attention
@@ -28,7 +28,7 @@ from megatron.model.attention_bias import AttentionBias, AttentionDropout
 from megatron.model.fused_softmax import FusedScaleMaskSoftmax
 from mpu import dropout
 
-__all__ = ["AttentionBias", "AttentionDropout", "Backend", "attention", "runs_on"]
+__all__ = ["AttentionBias", "AttentionDropout", "Backend", "attention", "candidates", "runs_on"]
 
 
 def runs_on(backend: Backend, device: torch.device) -> bool:
@@ -36,6 +36,28 @@ def runs_on(backend: Backend, device: torch.device) -> bool:
     if backend == "flash":
         return device.type == "cuda" and flash_is_installed()
     return backend != "flex" or device.type == "cuda"
+
+
+def candidates(config: Config, device: torch.device) -> list[Backend]:
+    """What ``auto`` may choose: what can do the work, without what is known to be slower.
+
+    Dropout, and scores that are rounded as the published models' were, need backends that make the
+    probabilities themselves.
+    """
+    if device.type == "cpu":
+        return ["blocked"]
+    if config.model.attention_dropout > 0 or config.model.rounds_scores:
+        return ["explicit", "blocked"]
+    able: list[Backend] = ["sdpa"]
+    if config.train.dtype != "fp64":
+        able.append("flex")
+    if (
+        runs_on("flash", device)
+        and config.train.dtype == "bf16"
+        and not config.data.reset_attention_mask
+    ):
+        able.append("flash")
+    return able
 
 
 def attention(

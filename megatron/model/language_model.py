@@ -256,6 +256,8 @@ class BloomForPretraining(nn.Module):
         if stage.last and not config.tie_embeddings:
             # The rows of an output layer are stored and cut like those of an embedding.
             self.output_layer = _build_word_table(config, placement)
+        self.head_chunk: int | None = None
+        """Tokens whose logits are in memory at once; None: what the device's memory suggests."""
 
     def forward(
         self,
@@ -288,6 +290,7 @@ class BloomForPretraining(nn.Module):
             inputs.loss_weights,
             group=self.placement.group,
             vocab_size=self.config.vocab_size,
+            chunk_tokens=self.head_chunk,
         )
 
     def logits(self, tokens: Tensor, *, caches: Sequence[KeyValueCache] | None = None) -> Tensor:

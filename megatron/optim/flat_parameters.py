@@ -96,7 +96,7 @@ class FlatParameters(Parameters):
         dtype = next(models[0].parameters()).dtype
         main_dtype = torch.promote_types(dtype, torch.float32)
         shards = groups.data.size() if self._shard else 1
-        part = _round_up(end, shards * _ALIGNMENT) // shards
+        part = shard_length(end, shards)
         self._first = groups.data.rank() * part if self._shard else 0
         self._stop = self._first + part
         self._weights = torch.zeros(part * shards, dtype=dtype, device=device)
@@ -140,12 +140,6 @@ class FlatParameters(Parameters):
             yield entry.spec.sharded_tensor(
                 kind, entry.name, boxes, self._groups, cut_over_data=self._cut_over_data
             )
-
-    def weights(self) -> list[Tensor]:
-        return [self._weights]
-
-    def gradient_bytes(self) -> int:
-        return self._gradients.nbytes
 
     def zero_gradients(self) -> None:
         self._gradients.zero_()
@@ -232,12 +226,22 @@ def _lay_out(models: Iterable[nn.Module]) -> tuple[list[_Entry], int]:
     entries, start = [], 0
     for name, parameter in sorted(found, key=order):
         entries.append(_Entry(name, shard_spec(parameter), parameter.shape, start))
-        start = _round_up(entries[-1].stop, _ALIGNMENT)
+        start = round_up(entries[-1].stop)
     return entries, start
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def round_up(length: int) -> int:
+    """Elements from the place of a parameter of that many to where the next may begin."""
+    return _multiple(length, _ALIGNMENT)
+
+
+def shard_length(length: int, shards: int) -> int:
+    """Elements of each of ``shards`` equal parts of a buffer that ``length`` have to fit in."""
+    return _multiple(length, shards * _ALIGNMENT) // shards
+
+
+def _multiple(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
 class _Adder:

@@ -67,14 +67,6 @@ class Parameters(ABC):
         parameter, of its shape."""
 
     @abstractmethod
-    def weights(self) -> list[Tensor]:
-        """What the model computes with, as it is kept between steps."""
-
-    @abstractmethod
-    def gradient_bytes(self) -> int:
-        """Size of what the gradients of a step are added up in."""
-
-    @abstractmethod
     def zero_gradients(self) -> None:
         """Begin a step."""
 

@@ -117,12 +117,6 @@ class ShardedParameters(Parameters):
                 kind, entry.name, boxes, self._groups, cut_over_data=self._cut_over_data
             )
 
-    def weights(self) -> list[Tensor]:
-        return [entry.main.detach() for entry in self._entries]
-
-    def gradient_bytes(self) -> int:
-        return sum(entry.main.nbytes for entry in self._entries)
-
     def zero_gradients(self) -> None:
         for entry in self._entries:
             entry.model.grad = None

@@ -1,1 +1,1 @@
-"""What a layout costs, by arithmetic: traffic, memory, time; and the search for the best one."""
+"""What a layout costs: memory, traffic and time, and the search for the best one."""

@@ -11,8 +11,10 @@ the collective library, and stands beside:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+from megatron.config.rules import require_multiple
 
 GIB = 2**30
 
@@ -105,3 +107,21 @@ CLUSTERS: Mapping[str, Cluster] = MappingProxyType(
     }
 )
 """By name; with eight links of 400 Gb/s for each node of H100 and H200."""
+
+
+def cluster_of(
+    name: str, gpus: int, gpus_per_node: int = 8, memory: float | None = None
+) -> Cluster:
+    """``gpus`` GPUs of the kind ``name``, in nodes of as many as given or all in one.
+
+    Args:
+        memory: bytes of a GPU, if other than usual.
+
+    Raises:
+        ConfigError: if they do not fill their nodes.
+    """
+    named = CLUSTERS[name]
+    per_node = min(gpus, gpus_per_node)
+    require_multiple("--gpus", gpus, "--gpus_per_node", per_node)
+    memory = named.memory if memory is None else memory
+    return replace(named, gpus=gpus, gpus_per_node=per_node, memory=memory)

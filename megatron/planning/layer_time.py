@@ -13,8 +13,8 @@ is in 16-bit numbers, as on GPUs.
 from dataclasses import dataclass
 
 from megatron.config import Config
-from megatron.planning.activations import backend_of
 from megatron.planning.cluster import Cluster
+from megatron.planning.count import counted_backend
 from megatron.planning.kernels import product_seconds, stream_seconds
 from megatron.planning.parameters import layer_parameters, vocab_rows
 
@@ -149,7 +149,7 @@ def _streamed(config: Config) -> float:
     here = tokens * model.hidden_size / (t if config.parallel.sequence else 1)
     numbers = 10 * here + (2 + model.is_gated) * tokens * model.ffn_size / t
     numbers += 2 * tokens * model.hidden_size / t
-    if backend_of(model) == "sdpa" and model.position_embedding == "alibi":
+    if counted_backend(config) == "sdpa" and model.position_embedding == "alibi":
         numbers += 6 * tokens * model.hidden_size / t
     masks = 2 * here if model.hidden_dropout > 0 else 0
     return _ITEMSIZE * numbers + masks
@@ -165,7 +165,7 @@ def _attention(config: Config, cluster: Cluster) -> tuple[float, float]:
     """Scores, softmax and weighted values, forward and backward."""
     model, seq = config.model, config.model.seq_length
     heads = config.train.least_micro_batch_size * model.num_heads // config.parallel.tensor
-    backend = backend_of(model)
+    backend = counted_backend(config)
     if backend in ("explicit", "blocked"):
         # Blocks leave out the half that is masked, and keep the others in float32.
         share, itemsize = (1.0, _ITEMSIZE) if backend == "explicit" else (0.5, 4)

@@ -1,27 +1,31 @@
-"""The parameters of a stage on one rank, counted from the config without building a model.
+"""The parameters of a stage on one rank, counted on a model of one layer.
 
-Of a layer, with hidden size h, MLP width f (twice that on the way in, if gated) and t tensor ranks:
-
-    query_key_value   (3h/t, h)  (3h/t)        dense            (h, h/t)  (h)
-    dense_h_to_4h     (f/t, h)   (f/t)         dense_4h_to_h    (h, f/t)  (h)
-    two layer norms   4 x (h)
-
-ZeRO 0 and 1 keep all parameters of a rank in one flat buffer, each at a round address, ordered so
-that those whose gradients the tensor ranks sum up are neighbours.
+Layers are alike, so that a stage of one layer, built on the meta device among absent peers, tells
+the parameters of a stage of any number. ZeRO 0 and 1 keep all parameters of a rank in one flat
+buffer (``megatron/optim/flat_parameters.py``), each at a round address, ordered so that those whose
+gradients the tensor ranks sum up are neighbours.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
 import torch
+from torch import nn
 
 from megatron.config import Config, ModelConfig, ParallelConfig
+from megatron.model.init import build_model
+from megatron.model.placement import Placement
 from megatron.model.stages import Stage, build_stages
+from megatron.optim.flat_parameters import round_up, shard_length
+from megatron.planning.absent_peers import absent_peers
+from mpu import ParallelDims, shard_spec
 
-_ALIGNMENT = 64
-"""Elements between the places that parameters of a flat buffer begin at."""
+META = torch.device("meta")
+
+_UNUSED = ("token_type_embeddings", "pooler")
+"""Modules that hold what the loss does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,15 @@ class Alike:
 
     Attributes:
         shape: of each on one rank.
+        logical: elements of each on all tensor ranks together, without padding; 0 for the second
+            copy of a tied weight.
         sum_gradient: the tensor ranks sum up their gradients.
         tied: first and last stage sum up their gradients.
         used: the loss depends on them.
     """
 
     shape: tuple[int, ...]
+    logical: int
     count: int = 1
     sum_gradient: bool = False
     tied: bool = False
@@ -66,46 +73,38 @@ class FlatBuffer:
 
     def shard(self, parts: int) -> int:
         """Length of each of ``parts`` equal shards."""
-        return round_up(self.length, parts * _ALIGNMENT) // parts
+        return shard_length(self.length, parts)
+
+
+@dataclass(frozen=True)
+class _OneLayer:
+    """Parameters of a stage with one layer.
+
+    Attributes:
+        layer: of the layer.
+        edge: of what there is besides.
+        vocab_rows: of the head, padding included; 0 on a stage without.
+    """
+
+    layer: tuple[Alike, ...]
+    edge: tuple[Alike, ...]
+    vocab_rows: int
 
 
 def layer_parameters(config: Config, layers: int = 1) -> list[Alike]:
     """The parameters of as many transformer layers."""
-    model, t = config.model, config.parallel.tensor
-    h, f = model.hidden_size, model.ffn_size
-    up = (2 if model.is_gated else 1) * f // t
-    shapes = [(3 * h // t, h), (3 * h // t,), (h, h // t), (up, h), (up,), (h, f // t)]
-    vectors = Alike((h,), 6 * layers, sum_gradient=config.parallel.sequence)
-    return [*(Alike(shape, layers) for shape in shapes), vectors]
+    found = _one_layer(config, first=False, last=False).layer
+    return [replace(one, count=layers) for one in found]
 
 
 def edge_parameters(config: Config, stage: Stage) -> list[Alike]:
     """What a stage has besides its layers: nothing between the first and the last."""
-    model, summed = config.model, config.parallel.sequence
-    h = model.hidden_size
-    found: list[Alike] = []
-    tied = model.tie_embeddings and stage.first != stage.last
-    tables = int(stage.first) + int(stage.last and (tied or not model.tie_embeddings))
-    if tables > 0:
-        found.append(Alike((vocab_rows(config), h), tables, tied=tied))
-    if stage.first:
-        if model.embedding_layernorm:
-            found.append(Alike((h,), 2, summed))
-        if model.position_embedding == "learned":
-            found.append(Alike((model.seq_length, h), 1, summed))
-        if model.num_token_types > 0:
-            found.append(Alike((model.num_token_types, h), 1, summed, used=False))
-    if stage.last:
-        found.append(Alike((h,), 2, summed))
-        if model.pooler:
-            found += [Alike((h, h), used=False), Alike((h,), used=False)]
-    return found
+    return list(_one_layer(config, first=stage.first, last=stage.last).edge)
 
 
 def vocab_rows(config: Config) -> int:
     """Rows of a vocabulary on one tensor rank, padding included."""
-    rows = -(-config.model.vocab_size // config.parallel.tensor)
-    return round_up(rows, config.model.vocab_padding_multiple)
+    return _one_layer(config, first=False, last=True).vocab_rows
 
 
 def stages_of(config: Config, pipeline_rank: int) -> list[Stage]:
@@ -128,13 +127,13 @@ def parameters_of(config: Config, stages: Iterable[Stage]) -> list[Alike]:
 
 def flat_buffer(parameters: Sequence[Alike]) -> FlatBuffer:
     """The buffer that ``parameters`` lie in."""
-    length = sum(one.count * round_up(one.size, _ALIGNMENT) for one in parameters)
+    length = sum(one.count * round_up(one.size) for one in parameters)
     summed = [one for one in parameters if one.sum_gradient]
-    stretch = sum(one.count * round_up(one.size, _ALIGNMENT) for one in summed)
+    stretch = sum(one.count * round_up(one.size) for one in summed)
     if summed:
         # The stretch ends with the last vector, not where the next parameter begins.
         last = min(one.size for one in summed)
-        stretch -= round_up(last, _ALIGNMENT) - last
+        stretch -= round_up(last) - last
     return FlatBuffer(length, stretch, sum(one.count * one.size for one in parameters if one.tied))
 
 
@@ -143,5 +142,31 @@ def main_dtype(config: Config) -> torch.dtype:
     return torch.promote_types(config.train.torch_dtype, torch.float32)
 
 
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _one_layer(config: Config, *, first: bool, last: bool) -> _OneLayer:
+    # Layer norms of apex have the same parameters, and need a package.
+    model = replace(config.model, layernorm="torch")
+    return _built(model, config.parallel.tensor, config.parallel.sequence, first, last)
+
+
+@cache
+def _built(model: ModelConfig, tensor: int, sequence: bool, first: bool, last: bool) -> _OneLayer:
+    stage = Stage(range(1), first, last)
+    with absent_peers(ParallelDims(tensor=tensor)) as groups:
+        placement = Placement(groups.tensor, sequence_parallel=sequence)
+        built = build_model(model, placement, device=META, backend="explicit", stage=stage)
+    layer: list[Alike] = []
+    edge: list[Alike] = []
+    for name, parameter in built.named_parameters():
+        (layer if ".layers." in name else edge).append(_alike(name, parameter))
+    return _OneLayer(tuple(layer), tuple(edge), built.head_weight.size(0) if last else 0)
+
+
+def _alike(name: str, parameter: nn.Parameter) -> Alike:
+    spec = shard_spec(parameter)
+    return Alike(
+        shape=tuple(parameter.shape),
+        logical=0 if spec.tied_copy else prod(spec.shape),
+        sum_gradient=spec.sum_gradient,
+        tied=spec.tied,
+        used=not any(module in name.split(".") for module in _UNUSED),
+    )

@@ -5,7 +5,7 @@ symmetric memory), recomputation, and schedule with its chunks. Everything else 
 has it. Tensor ranks stay inside a node, whose links alone keep up with the exchanges of a layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, get_args
@@ -14,8 +14,8 @@ from megatron.config import Config, ParallelConfig, Recompute, ScheduleName
 from megatron.config.rules import require
 from megatron.errors import ConfigError
 from megatron.planning.cluster import GIB, Cluster
-from megatron.planning.memory import Memory, fullest_rank
-from megatron.planning.step_time import StepTime, step_time
+from megatron.planning.count import Count, count_ranks
+from megatron.planning.step_time import StepTime, require_16_bits, step_time
 from mpu import ParallelDims
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -28,9 +28,6 @@ _SCHEDULES: tuple[tuple[ScheduleName, int], ...] = (
 )
 """With the chunks of each rank."""
 
-RESERVED = 4 * GIB
-"""Bytes of a GPU that CUDA, NCCL and the gaps between tensors take."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -38,15 +35,17 @@ class Candidate:
 
     Attributes:
         config: with that layout.
-        dims: of the rank grid.
-        memory: of the fullest rank.
+        count: what its ranks hold.
         time: of a step.
     """
 
     config: Config
-    dims: ParallelDims
-    memory: Memory
+    count: Count
     time: StepTime
+
+    @property
+    def dims(self) -> ParallelDims:
+        return self.count.dims
 
     def is_layout_of(self, config: Config) -> bool:
         """Whether this is what ``config`` itself says."""
@@ -54,12 +53,6 @@ class Candidate:
         train = (config.train.micro_batch_size, config.train.recompute)
         own = self.config.train
         return parallel == self.config.parallel and train == (own.micro_batch_size, own.recompute)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of each GPU."""
-        tokens = self.config.train.global_batch_size * self.config.model.seq_length
-        return tokens / self.time.total / self.dims.world_size
 
 
 @dataclass(frozen=True)
@@ -81,10 +74,7 @@ def search(config: Config, cluster: Cluster) -> Found:
     Raises:
         ConfigError: if the config takes none on as many GPUs, or none fits.
     """
-    require(
-        config.train.torch_dtype.itemsize == 2,
-        f"train.dtype must be bf16 or fp16 to plan, got {config.train.dtype}",
-    )
+    require_16_bits(config)
     layouts = list(_layouts(config, cluster))
     require(
         bool(layouts),
@@ -92,20 +82,32 @@ def search(config: Config, cluster: Cluster) -> Found:
         f"data ranks, and give every stage a microbatch; the smallest has "
         f"{min(config.train.batch_sizes())} samples",
     )
-    sized = [(layout, dims, fullest_rank(layout, dims, cluster.memory)) for layout, dims in layouts]
-    least = min(memory.total for *_, memory in sized) + RESERVED
+    counts = list(_counts(layouts, cluster.memory))
+    least = min(count.needed for count in counts)
     require(
         least <= cluster.memory,
         f"none of {len(layouts)} layouts of {cluster.gpus} GPUs fits in "
         f"{cluster.memory / GIB:.4g} GiB each; the least needs {least / GIB:.4g}",
     )
     candidates = [
-        Candidate(layout, dims, memory, step_time(layout, dims, cluster))
-        for layout, dims, memory in sized
-        if memory.total + RESERVED <= cluster.memory
+        Candidate(count.config, count, step_time(count.config, count.dims, cluster))
+        for count in counts
+        if count.needed <= cluster.memory
     ]
-    candidates.sort(key=lambda found: (found.time.total, found.memory.total))
+    candidates.sort(key=lambda found: (found.time.total, found.count.needed))
     return Found(candidates, len(layouts) - len(candidates))
+
+
+def _counts(layouts: Iterable[tuple[Config, ParallelDims]], gpu_memory: float) -> Iterator[Count]:
+    """Of each layout, but for those of which a smaller micro-batch is too large already."""
+    too_large: set[str] = set()
+    for layout, dims in layouts:
+        alike = f"{layout.parallel} {layout.train.recompute}"
+        if alike not in too_large:
+            found = count_ranks(layout, dims, gpu_memory)
+            if found.needed > gpu_memory:
+                too_large.add(alike)
+            yield found
 
 
 def _layouts(config: Config, cluster: Cluster) -> Iterator[tuple[Config, ParallelDims]]:

@@ -16,16 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.config import Config
+from megatron.config.rules import require
 from megatron.model.stages import Stage
 from megatron.planning.cluster import Cluster
-from megatron.planning.communication import (
-    num_microbatches,
-    on_wire_per_step,
-    transfer_bytes,
-)
+from megatron.planning.communication import num_microbatches, on_wire_per_step, transfer_bytes
+from megatron.planning.count import state_bytes
 from megatron.planning.kernels import stream_seconds
 from megatron.planning.layer_time import PassTime, embedding_time, head_time, layer_time
-from megatron.planning.memory import passes_under_way, state_bytes
 from megatron.planning.parameters import stages_of
 from mpu import ParallelDims
 
@@ -54,6 +51,14 @@ class StepTime:
     def bubble_share(self) -> float:
         """Of the step."""
         return self.bubble / self.total
+
+
+def require_16_bits(config: Config) -> None:
+    """Raise a ConfigError for a precision whose products are not those of data sheets."""
+    require(
+        config.train.torch_dtype.itemsize == 2,
+        f"train.dtype must be bf16 or fp16 to plan, got {config.train.dtype}",
+    )
 
 
 def step_time(config: Config, dims: ParallelDims, cluster: Cluster) -> StepTime:
@@ -110,6 +115,18 @@ def _pipeline_seconds(
     return (count - 1) * period + slowest + fill
 
 
+def passes_under_way(config: Config, dims: ParallelDims, pipeline_rank: int) -> int:
+    """Passes through a stage that a rank has begun and not taken back, at most.
+
+    On rank i of p, with v chunks: p - i, and 2 (p - i) - 1 + (v - 1) p if interleaved.
+    """
+    parallel, behind = config.parallel, dims.pipeline - pipeline_rank
+    most = behind
+    if parallel.chunks > 1:
+        most = 2 * behind - 1 + (parallel.chunks - 1) * dims.pipeline
+    return min(most, parallel.chunks * num_microbatches(config, dims))
+
+
 def _reduction_seconds(config: Config, dims: ParallelDims, cluster: Cluster) -> float:
     wire = on_wire_per_step(config, dims)
     seconds = wire["data"] / cluster.bandwidth(dims.tensor, dims.data)
@@ -123,5 +140,5 @@ def _pipeline_bandwidth(dims: ParallelDims, cluster: Cluster) -> float:
 def _update_seconds(config: Config, dims: ParallelDims, cluster: Cluster) -> float:
     """All state is read and written, gradients also to zero, to measure and to clip them."""
     ranks = (state_bytes(config, dims, rank) for rank in range(dims.pipeline))
-    weights, gradients, optimizer = max(ranks, key=sum)
-    return stream_seconds(cluster, 2 * weights + 5 * gradients + 2 * optimizer)
+    most = max(ranks, key=lambda state: state.total)
+    return stream_seconds(cluster, 2 * most.weights + 5 * most.gradients + 2 * most.optimizer)

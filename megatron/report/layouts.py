@@ -13,7 +13,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from megatron.atomic import atomic_write, make_folder
 from megatron.config import Config
 from megatron.planning.cluster import GIB, Cluster
-from megatron.planning.search import RESERVED, Candidate, Found
+from megatron.planning.forecast import forecast, layout_options
+from megatron.planning.report import allowance_lines, idle_of
+from megatron.planning.search import Candidate, Found
 from megatron.report.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, STYLE
 from megatron.report.tables import Row, Table, table_lines
 from mpu import ParallelDims
@@ -53,7 +55,7 @@ def _scatter(axes: Axes, candidates: Sequence[Candidate], **options: Any) -> Non
 
 
 def _point(candidate: Candidate) -> tuple[float, float]:
-    return (candidate.memory.total + RESERVED) / GIB, candidate.time.total
+    return candidate.count.fullest.total / GIB, candidate.time.total
 
 
 def _label(axes: Axes, candidate: Candidate, below: int) -> None:
@@ -80,24 +82,35 @@ def _best_grids(found: Found, count: int) -> list[Candidate]:
 
 
 def layout_lines(config: Config, cluster: Cluster, found: Found, best: int) -> Iterator[str]:
-    """The ``best`` layouts as a table, and the config's own if it fits."""
+    """What is printed."""
     yield (
         f"{len(found.candidates):,} layouts fit in {cluster.memory / GIB:.4g} GiB, "
         f"{found.num_too_large:,} do not. The best, by predicted time:"
     )
-    rows = [_row(place, candidate) for place, candidate in enumerate(found.candidates, start=1)]
+    ranked = list(enumerate(found.candidates, start=1))
     yield ""
-    yield from table_lines(Table("", rows[:best]))
-    own = [row for row, c in zip(rows, found.candidates, strict=True) if c.is_layout_of(config)]
+    yield from table_lines(Table("", [_row(*one, cluster) for one in ranked[:best]]))
+    yield from _details(found.candidates[0], cluster)
+    own = [one for one in ranked if one[1].is_layout_of(config)]
     if own:
         yield "\nThe config's own:\n"
-        yield from table_lines(Table("", own))
+        yield from table_lines(Table("", [_row(*one, cluster) for one in own]))
+        yield from _details(own[0][1], cluster)
+    yield "\nGiB of the fullest rank, as a dry run counts them. Idle: of a step by the schedule;"
+    yield "waits: the same with transfers, and with stages that are not equal."
+    yield from allowance_lines(config)
 
 
-def _row(place: int, candidate: Candidate) -> Row:
-    dims, time = candidate.dims, candidate.time
-    parallel, train = candidate.config.parallel, candidate.config.train
+def _details(candidate: Candidate, cluster: Cluster) -> Iterator[str]:
+    yield f"\n    {forecast(candidate.config, candidate.dims, cluster)}"
+    yield f"    {layout_options(candidate.config, candidate.dims)}"
+
+
+def _row(place: int, candidate: Candidate, cluster: Cluster) -> Row:
+    dims, config = candidate.dims, candidate.config
+    parallel, train = config.parallel, config.train
     chunks = f" x {parallel.chunks}" if parallel.chunks > 1 else ""
+    expected = forecast(config, dims, cluster)
     return {
         "": place,
         "tensor": dims.tensor,
@@ -108,10 +121,13 @@ def _row(place: int, candidate: Candidate) -> Row:
         "sequence": "yes" if parallel.sequence else "no",
         "recompute": train.recompute,
         "schedule": f"{parallel.schedule}{chunks}" if dims.pipeline > 1 else "-",
-        "GiB": f"{_point(candidate)[0]:.1f}",
-        "s a step": f"{time.total:.4g}",
-        "tokens/s/GPU": f"{candidate.tokens_per_second:,.0f}",
-        "bubble": f"{time.bubble_share:.1%}",
+        "GiB": f"{_point(candidate)[0]:.2f}",
+        "s a step": f"{expected.step.total:.4g}",
+        "tokens/s/GPU": f"{expected.tokens_per_second / expected.gpus:,.0f}",
+        "MFU": f"{expected.mfu:.1%}",
+        "days": f"{expected.days:.3g}",
+        "idle": f"{idle_of(config, dims):.2%}",
+        "waits": f"{expected.step.bubble_share:.1%}",
     }
 
 

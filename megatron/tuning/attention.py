@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 from megatron.config import Backend, Config
 from megatron.errors import ConfigError
 from megatron.model.alibi import alibi_slopes
-from megatron.model.attention import AttentionBias, attention, runs_on
+from megatron.model.attention import AttentionBias, attention, candidates, runs_on
 from megatron.together import run_on_first
 
 logger = logging.getLogger(__name__)
@@ -83,28 +83,6 @@ def choose_backend(
         backend, reason = _fastest(config, device, able, group, timer or time_on_gpu)
     logger.info("attention backend %s: %s", backend, reason)
     return AttentionChoice(backend, device.type)
-
-
-def candidates(config: Config, device: torch.device) -> list[Backend]:
-    """What ``auto`` may choose: what can do the work, without what is known to be slower.
-
-    Dropout, and scores that are rounded as the published models' were, need backends that make the
-    probabilities themselves.
-    """
-    if device.type == "cpu":
-        return ["blocked"]
-    if config.model.attention_dropout > 0 or config.model.rounds_scores:
-        return ["explicit", "blocked"]
-    able: list[Backend] = ["sdpa"]
-    if config.train.dtype != "fp64":
-        able.append("flex")
-    if (
-        runs_on("flash", device)
-        and config.train.dtype == "bf16"
-        and not config.data.reset_attention_mask
-    ):
-        able.append("flash")
-    return able
 
 
 def measure(

@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 
 from megatron.commands.main import VERBS
 from megatron.config import load_config
-from megatron.training.dry_run_report import take_request
+from megatron.planning.report import take_request
 from tests.docs.pages import ROOT, Block, blocks
 
 PROGRAMS = ("bash", "bloom", "pip", "python", "pytest", "ruff", "torchrun")

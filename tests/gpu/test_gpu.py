@@ -15,13 +15,13 @@ from megatron.model.attention import (
     AttentionDropout,
     Backend,
     attention,
+    candidates,
     runs_on,
 )
 from megatron.model.init import build_model, init_parameters
 from megatron.model.inputs import ModelInputs
 from megatron.model.placement import Placement
 from megatron.tuning.attention import (
-    candidates,
     choose_backend,
     measure,
     time_on_gpu,

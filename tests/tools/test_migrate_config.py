@@ -25,8 +25,8 @@ from megatron.migration.shell import open_parts, read_script, shown
 from megatron.migration.translate import Migrated, gather, translate
 from megatron.migration.values import Flags, Kind
 from megatron.model.flops import count_parameters
+from megatron.planning.count import count
 from megatron.tokenizer import load_tokenizer
-from megatron.training.dry_run import dry_run
 from tests.figures import Figure
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_dry_run_accepts_the_config_and_counts_the_parameters(
 ) -> None:
     config, _ = of_script(name, tmp_path)
     _, world_size, parameters = RUNS[name]
-    found = dry_run(config)
+    found = count(config)
     assert found.dims.world_size == world_size
     assert found.parameters == count_parameters(config.model) == parameters
     assert parameters == PUBLISHED.get(name, parameters)

@@ -8,8 +8,8 @@ import pytest
 from megatron.config import Config, ModelConfig, ParallelConfig, RampupConfig, TrainConfig
 from megatron.errors import ConfigError
 from megatron.planning.cluster import CLUSTERS, GIB, Cluster
-from megatron.planning.memory import fullest_rank
-from megatron.planning.search import RESERVED, Candidate, search
+from megatron.planning.count import count_ranks
+from megatron.planning.search import Candidate, search
 from megatron.planning.step_time import step_time
 from mpu import ParallelDims
 from tests.figures import Figure
@@ -60,8 +60,8 @@ def test_layouts_are_ranked_by_time_and_fit() -> None:
     assert times == sorted(times)
     for candidate in found.candidates:
         assert candidate.config.layout(NODE.gpus) == candidate.dims
-        assert candidate.memory == fullest_rank(candidate.config, candidate.dims, NODE.memory)
-        assert candidate.memory.total + RESERVED <= NODE.memory
+        assert candidate.count == count_ranks(candidate.config, candidate.dims, NODE.memory)
+        assert candidate.count.needed <= NODE.memory
         assert candidate.time == step_time(candidate.config, candidate.dims, NODE)
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from megatron.config import Backend, Config
 from megatron.errors import ConfigError
+from megatron.model.attention import candidates
 from megatron.tuning import attention as tuning
 from megatron.tuning.attention import (
     AttentionChoice,
-    candidates,
     choose_backend,
     measure,
 )
@@ -140,7 +140,7 @@ def test_flash_is_considered_where_it_is_installed(
     documents: bool,
     want: bool,
 ) -> None:
-    monkeypatch.setattr(tuning, "runs_on", lambda backend, device: True)
+    monkeypatch.setattr("megatron.model.attention.runs_on", lambda backend, device: True)
     data = {"reset_attention_mask": documents, "tokenizer": tmp_path}
     config = make_config(tmp_path, train={"dtype": dtype}, data=data)
     assert ("flash" in candidates(config, GPU)) == want

@@ -15,15 +15,19 @@ from torch.distributed.tensor import DTensor
 
 import mpu.collectives
 from megatron.config import Config
-from megatron.engine.torch_engine import StateBytes, TorchEngine
+from megatron.engine.torch_engine import TorchEngine
 from megatron.errors import ConfigError
 from megatron.model.flops import count_parameters
 from megatron.model.inputs import ModelInputs
+from megatron.planning.absent_peers import absent_peers
+from megatron.planning.cluster import cluster_of
 from megatron.planning.communication import sent_per_step
-from megatron.training.dry_run import DryRun, absent_peers, dry_run
-from megatron.training.dry_run_report import DryRunRequest, dry_run_report, take_request
-from megatron.training.live_bytes import LiveBytes
-from megatron.training.pass_bytes import META, meta_microbatch
+from megatron.planning.count import Count, StateBytes, allowance, count, pass_shape
+from megatron.planning.forecast import forecast
+from megatron.planning.live_bytes import LiveBytes
+from megatron.planning.parameters import META
+from megatron.planning.pass_bytes import meta_microbatch
+from megatron.planning.report import DryRunRequest, dry_run_report, take_request
 from mpu.collectives import Pending
 from mpu.products import main_grad
 from tests.distributed import run_ranks
@@ -49,7 +53,7 @@ def test_state_bytes_are_those_of_the_run(layout: Layout, dtype: Literal["bf16",
     config = on_cpu(make_config(layout, dtype))
     live = run_ranks(layout.world_size, train_and_count, config)
     first_ranks = live[:: layout.data * layout.tensor]
-    assert [rank.state for rank in dry_run(config).ranks] == first_ranks
+    assert [rank.state for rank in count(config).ranks] == first_ranks
 
 
 def train_and_count(config: Config) -> StateBytes:
@@ -89,7 +93,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 )
 def test_activations_are_those_of_a_step_on_the_cpu(layout: Layout, figure: Figure) -> None:
     config = on_cpu(make_config(layout, "fp32"))
-    (rank,) = dry_run(config).ranks
+    (rank,) = count(config).ranks
     live = run_ranks(layout.world_size, train_and_watch, config)[0]
     error = (rank.activations + rank.working) / live - 1
     figure("dry run: activations against a step on the CPU", error=abs(error))
@@ -155,7 +159,7 @@ def test_activations_are_those_of_the_whole_schedule(
     sent = mock.Mock(**{"is_completed.return_value": True})
     monkeypatch.setattr(dist, "isend", lambda *args, **kwargs: sent)
     config = on_cpu(make_config(layout, "fp32"))
-    found = dry_run(config)
+    found = count(config)
     for place, rank in enumerate(found.ranks):
         executed = most_of_all_microbatches(config, found, place)
         error = (rank.activations + rank.working) / executed - 1
@@ -163,11 +167,11 @@ def test_activations_are_those_of_the_whole_schedule(
         assert abs(error) < 0.02, place
 
 
-def most_of_all_microbatches(config: Config, found: DryRun, place: int) -> int:
+def most_of_all_microbatches(config: Config, found: Count, place: int) -> int:
     """Most bytes of the passes of a step, executed on the meta device from first to last."""
     with absent_peers(found.dims, place) as groups:
         engine = TorchEngine(config, groups, META, "blocked")
-        batches = [meta_microbatch(config) for _ in range(found.microbatches)]
+        batches = [meta_microbatch(pass_shape(config)) for _ in range(found.microbatches)]
         with LiveBytes(besides=known(engine, batches)) as live:
             engine._forward_backward(batches, 1.0)
         return live.peak
@@ -176,13 +180,13 @@ def most_of_all_microbatches(config: Config, found: DryRun, place: int) -> int:
 def test_parameters_count_once_at_every_layout() -> None:
     for layout, dtype in LAYOUTS:
         config = make_config(layout, dtype)
-        assert dry_run(config).parameters == count_parameters(config.model)
+        assert count(config).parameters == count_parameters(config.model)
 
 
 def test_each_zero_stage_holds_less() -> None:
     totals, working = [], []
     for zero in (0, 1, 2, 3):
-        (rank,) = dry_run(make_config(Layout(data=2, zero=zero), "bf16")).ranks
+        (rank,) = count(make_config(Layout(data=2, zero=zero), "bf16")).ranks
         totals.append(rank.state.total)
         working.append(rank.working)
     assert totals == sorted(totals, reverse=True)
@@ -191,7 +195,7 @@ def test_each_zero_stage_holds_less() -> None:
 
 
 def test_nothing_of_the_absent_peers_stays() -> None:
-    dry_run(make_config(Layout(pipeline=2)))
+    count(make_config(Layout(pipeline=2)))
     assert not dist.is_initialized()
 
 
@@ -204,14 +208,14 @@ def test_options_that_need_a_device_or_a_package_are_accepted() -> None:
         model=replace(config.model, attention_backend="flex", attention_dropout=0.0),
         parallel=replace(config.parallel, symmetric_memory=True),
     )
-    assert dry_run(config).parameters == count_parameters(config.model)
+    assert count(config).parameters == count_parameters(config.model)
 
 
 def test_attention_on_gpus_keeps_no_scores() -> None:
     def activations(**changes: Any) -> int:
         config = make_config(Layout(), "bf16")
         model = replace(config.model, attention_dropout=0.0, seq_length=512)
-        return dry_run(replace(config, model=model, **changes)).ranks[0].activations
+        return count(replace(config, model=model, **changes)).ranks[0].activations
 
     launch = make_config(Layout()).launch
     on_gpu, on_a_cpu = activations(), activations(launch=replace(launch, device="cpu"))
@@ -221,23 +225,23 @@ def test_attention_on_gpus_keeps_no_scores() -> None:
 
 
 @pytest.fixture(scope="module")
-def found() -> DryRun:
+def found() -> Count:
     layout = Layout(pipeline=2, data=2, zero=1, micro_batch=1)
-    return dry_run(make_config(layout, "bf16"))
+    return count(make_config(layout, "bf16"))
 
 
-def test_what_does_not_fit_is_an_error_that_names_stage_and_bytes(found: DryRun) -> None:
-    fullest = max(found.ranks, key=lambda rank: rank.total)
-    enough = fullest.total / 2**30
+def test_what_does_not_fit_is_an_error_that_names_stage_and_bytes(found: Count) -> None:
+    enough = (found.fullest.total + allowance(found.config)) / 2**30
     found.check_fits(enough)
     with pytest.raises(ConfigError) as error:
         found.check_fits(enough * 0.99)
     message = str(error.value)
-    assert f"layers {fullest.layers}" in message
-    assert f"{fullest.total:,} bytes" in message
+    assert f"layers {found.fullest.layers}" in message
+    assert f"{found.fullest.total:,} bytes" in message
+    assert "4 GiB beside them" in message
 
 
-def test_report_has_a_row_for_each_rank_of_the_pipeline(found: DryRun) -> None:
+def test_report_has_a_row_for_each_rank_of_the_pipeline(found: Count) -> None:
     lines = dry_run_report(found, memory=None).splitlines()
     heading = next(index for index, line in enumerate(lines) if "optimizer" in line)
     rows = [line.split() for line in lines[heading + 1 : heading + 3]]
@@ -247,7 +251,7 @@ def test_report_has_a_row_for_each_rank_of_the_pipeline(found: DryRun) -> None:
     assert "fits" not in lines[heading]
 
 
-def test_report_has_the_traffic_of_each_axis(found: DryRun) -> None:
+def test_report_has_the_traffic_of_each_axis(found: Count) -> None:
     sent = sent_per_step(found.config, found.dims)
     (line,) = (line for line in dry_run_report(found, None).splitlines() if line.startswith("sent"))
     for axis in ("pipeline", "data", "embedding"):
@@ -255,9 +259,10 @@ def test_report_has_the_traffic_of_each_axis(found: DryRun) -> None:
     assert "tensor" not in line
 
 
-def test_report_says_who_fits(found: DryRun) -> None:
+def test_report_says_who_fits(found: Count) -> None:
     totals = sorted(rank.total for rank in found.ranks)
-    report = dry_run_report(found, memory=sum(totals) / 2 / 2**30)
+    between = sum(totals) / 2 + allowance(found.config)
+    report = dry_run_report(found, memory=between / 2**30)
     assert sorted(line.split()[-1] for line in report.splitlines() if line[-3:] in ("yes", " no"))
     assert report.count(" yes\n") == report.count(" no\n") == 1
 
@@ -273,6 +278,22 @@ def test_flag_is_taken_out_of_the_arguments() -> None:
         for place in (0, 2, len(rest)):
             request, options = take_request([*rest[:place], *flag, *rest[place:]])
             assert (request, options) == (DryRunRequest(memory), rest)
+
+
+def test_cluster_belongs_to_the_dry_run() -> None:
+    found = take_request(["--cluster", "h100", "--dry_run", "--config", "run.yaml"])
+    assert found == (DryRunRequest(None, "h100"), ["--config", "run.yaml"])
+    alone = ["--cluster", "h100", "--config", "run.yaml"]
+    assert take_request(alone) == (None, alone)
+    with pytest.raises(ConfigError, match="--cluster must be one of a100, h100, h200, got 'h10'"):
+        take_request(["--dry_run", "--cluster", "h10"])
+
+
+def test_report_says_how_long_it_takes_on_a_cluster(found: Count) -> None:
+    cluster = cluster_of("h100", found.dims.world_size)
+    expected = forecast(found.config, found.dims, cluster)
+    assert f"time      {expected}\n" in dry_run_report(found, 80, cluster)
+    assert "time      with --cluster a100, h100, h200\n" in dry_run_report(found, 80)
 
 
 @pytest.mark.parametrize("value", ["run.yaml", "0", "-1", "nan", "inf"])
