@@ -101,6 +101,7 @@ def test_wheel_holds_the_programs_and_their_data(installed: Installed) -> None:
     data = {
         "megatron/benchmarks/page_template.md",
         "megatron/report/page.html",
+        "megatron/report/page.js",
         "mpu/py.typed",
         *(f"megatron/config/configs/{name}.yaml" for name in config_names()),
     }

@@ -3,18 +3,25 @@
 import base64
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron.errors import ConfigError, DataError, DiskError
-from megatron.report.curves import draw, load_run, smooth, summarize
+from megatron.report.page import changed_options, describe_starts, render_page, summarize, thin
+from megatron.report.panels import smooth
+from megatron.report.picture import draw
+from megatron.report.runs import Run, load_runs
 from megatron.training.metrics import METRICS_FILE, EvalMetrics, MetricsWriter, StepMetrics
 from tools.report import main
 
@@ -36,11 +43,12 @@ STEP = StepMetrics(
     elapsed_seconds=0.5,
     peak_memory_bytes=2**29,
 )
-INFO = {
+INFO: dict[str, Any] = {
+    "world_size": 2,
     "layout": {"tensor": 2, "data": 1},
     "device": "<b>cpu</b>",
     "parameters": 1_234_567,
-    "config": {"model": {"num_layers": 2}},
+    "config": {"model": {"num_layers": 2}, "engine": {"name": "torch"}},
 }
 
 
@@ -55,15 +63,19 @@ def step_metrics(step: int, start: int) -> StepMetrics:
     )
 
 
-def write_run(folder: Path, *bounds: int) -> Path:
-    """A run of several starts, between the steps ``bounds``; each of them ends with evaluations."""
-    folder.mkdir(exist_ok=True)
-    for first, last in zip(bounds, bounds[1:], strict=False):
+def write_run(folder: Path, *bounds: int, infos: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """A run of several starts, between the steps ``bounds``; each of them ends with evaluations.
+
+    Args:
+        infos: what the starts tell of the run, in their order.
+    """
+    folder.mkdir(exist_ok=True, parents=True)
+    for number, (first, last) in enumerate(pairwise(bounds)):
         writer = MetricsWriter(folder, tensorboard=False, enabled=True, resume_step=first)
-        writer.write_start(INFO)
+        writer.write_start(infos[number] if infos else INFO)
         for step in range(first + 1, last + 1):
             writer.write_step(step_metrics(step, first))
-        for split, bits in (("valid", 0.875), ("test", None)):
+        for split, bits in (("valid", 0.875), ("test", None)) if last > first else ():
             writer.write_eval(
                 EvalMetrics(
                     step=last, consumed_samples=8 * last, split=split, loss=2.5, bits_per_byte=bits
@@ -71,6 +83,16 @@ def write_run(folder: Path, *bounds: int) -> Path:
             )
         writer.close()
     return folder
+
+
+def load(folder: Path) -> Run:
+    (run,) = load_runs([folder])
+    return run
+
+
+def with_config(**options: Any) -> dict[str, Any]:
+    """What a start tells whose config has ``options`` in its section optimizer."""
+    return {**INFO, "config": {**INFO["config"], "optimizer": options}}
 
 
 class ResourceFinder(HTMLParser):
@@ -111,7 +133,8 @@ def test_the_page_holds_the_picture_and_loads_nothing(tmp_path: Path) -> None:
     head, _, data = resource.partition(",")
     assert head == "data:image/png;base64"
     assert base64.b64decode(data) == (folder / "report.png").read_bytes()
-    assert not re.search(r"https?:|url\(|@import|<script", text)
+    assert not re.search(r"https?:|url\(|@import|import\(|fetch|XMLHttp|innerHTML", text)
+    assert "default-src 'none'" in text
 
 
 def test_the_page_escapes_what_the_run_told(tmp_path: Path) -> None:
@@ -125,10 +148,9 @@ def test_the_page_escapes_what_the_run_told(tmp_path: Path) -> None:
 
 
 def test_the_summary_of_a_resumed_run_counts_all_of_it(tmp_path: Path) -> None:
-    rows = dict(summarize(load_run(write_run(tmp_path / "run", 0, 40, 70, 100))))
-    del rows["Started"]
+    rows = summarize(load(write_run(tmp_path / "run", 0, 40, 70, 100)))
     assert rows == {
-        "Training loss, mean of last 2 steps": f"{2 + 1.5 / 99 + 1.5 / 100:.4f}",
+        "Training loss, mean of last 20 steps": f"{2 + np.mean(3 / np.arange(81.0, 101)):.4f}",
         "Validation loss": "2.5000",
         "Validation perplexity": f"{np.exp(2.5):.4f}",
         "Validation bits per byte": "0.8750",
@@ -144,14 +166,13 @@ def test_the_summary_of_a_resumed_run_counts_all_of_it(tmp_path: Path) -> None:
         "TFLOP/s per device, median": "0.0125",
         "MFU, median": "n/a",
         "Peak memory": "0.50 GiB",
-        "Layout": "tensor 2, data 1",
-        "Device": "<b>cpu</b>",
         "Parameters": "1,234,567",
     }
 
 
 def test_resumes_are_marked_in_every_panel(tmp_path: Path) -> None:
-    figure = draw(load_run(write_run(tmp_path / "run", 0, 40, 70, 100)))
+    figure = draw([load(write_run(tmp_path / "run", 0, 40, 70, 100))])
+    assert len(figure.axes) == 4
     for axes in figure.axes:
         dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
         marks = np.concatenate([np.asarray(line.get_xdata()) for line in dashed])
@@ -159,7 +180,7 @@ def test_resumes_are_marked_in_every_panel(tmp_path: Path) -> None:
 
 
 def test_curves_hold_the_values_of_the_file(tmp_path: Path) -> None:
-    figure = draw(load_run(write_run(tmp_path / "run", 0, 30)))
+    figure = draw([load(write_run(tmp_path / "run", 0, 30))])
     loss, learning_rate, grad_norm, throughput = figure.axes
     expected = [(loss, 2.0 + 3.0 / np.arange(1, 31)), (learning_rate, np.full(30, 1e-3))]
     expected += [(grad_norm, np.full(30, 0.5)), (throughput, np.full(30, 2048.0))]
@@ -179,10 +200,10 @@ def test_a_run_without_a_finite_loss_has_a_report(tmp_path: Path) -> None:
         metrics = replace(step_metrics(step, 0), loss=np.nan, grad_norm=np.inf, skipped=True)
         writer.write_step(metrics)
     writer.close()
-    run = load_run(tmp_path)
-    draw(run)
-    rows = dict(summarize(run))
-    assert rows["Training loss, mean of last 1 steps"] == "nan"
+    run = load(tmp_path)
+    draw([run])
+    rows = summarize(run)
+    assert rows["Training loss, mean of last 20 steps"] == "nan"
     assert rows["Skipped updates"] == "2"
 
 
@@ -193,11 +214,11 @@ def test_the_loss_scale_of_a_run_in_fp16_is_shown(tmp_path: Path) -> None:
         metrics = replace(step_metrics(step, 0), skipped=step < 3, loss_scale=scale)
         writer.write_step(replace(metrics, skipped_steps=skipped))
     writer.close()
-    run = load_run(tmp_path)
-    rows = dict(summarize(run))
+    run = load(tmp_path)
+    rows = summarize(run)
     assert (rows["Loss scale, last"], rows["Skipped updates"]) == ("5.36871e+08", "2")
-    (right,) = [axes for axes in draw(run).axes if axes.get_ylabel() == "loss scale"]
-    np.testing.assert_array_equal(right.lines[0].get_ydata(), [2.0**30, 2.0**29, 2.0**29])
+    (scale,) = [axes for axes in draw([run]).axes if axes.get_title("left") == "Loss scale"]
+    np.testing.assert_array_equal(scale.lines[0].get_ydata(), [2.0**30, 2.0**29, 2.0**29])
 
 
 def test_the_output_goes_where_it_is_wanted(tmp_path: Path) -> None:
@@ -228,7 +249,7 @@ def test_the_run_of_a_save_is_reported(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 0, 3)
-    with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be written"):
+    with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be made"):
         main([str(folder), "--output", str(folder / METRICS_FILE)])
 
 
@@ -240,7 +261,7 @@ def test_a_run_without_steps_is_refused(tmp_path: Path) -> None:
 
 def test_a_step_without_a_field_is_refused(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text(json.dumps({"event": "step", "step": 1}) + "\n")
-    with pytest.raises(DataError, match="every step needs a number consumed_tokens"):
+    with pytest.raises(DataError, match="every step needs a number loss"):
         main([str(tmp_path)])
 
 
@@ -256,6 +277,135 @@ def test_missing_metrics_end_the_tool_with_exit_code_3(tmp_path: Path) -> None:
     assert result.stderr == (
         f"error: {tmp_path / METRICS_FILE}: cannot be read: No such file or directory\n"
     )
+
+
+def test_every_start_tells_its_layout_its_steps_and_what_changed(tmp_path: Path) -> None:
+    second = {**with_config(lr=0.02), "layout": {"tensor": 1, "data": 1}, "world_size": 1}
+    folder = write_run(tmp_path / "run", 0, 40, 70, infos=[with_config(lr=0.01), second])
+    shown = ("Steps", "Layout", "World size", "Engine", "Changed options")
+    assert [tuple(start[label] for label in shown) for start in describe_starts(load(folder))] == [
+        ("1 to 40", "tensor 2, data 1", "2", "torch", ""),
+        (
+            "41 to 70",
+            "tensor 1, data 1",
+            "1",
+            "torch",
+            "optimizer.lr 0.01 \N{RIGHTWARDS ARROW} 0.02",
+        ),
+    ]
+
+
+def test_starts_that_did_nothing_are_no_resumes(tmp_path: Path) -> None:
+    run = load(write_run(tmp_path / "run", 0, 40, 40, 70, 70))
+    assert run.resumes == [40]
+    assert summarize(run)["Resumes"] == "1"
+    steps = [start["Steps"] for start in describe_starts(run)]
+    assert steps == ["1 to 40", "none", "41 to 70", "none"]
+    assert summarize(run)["Duration"] == "0:00:35"
+
+
+def test_steps_that_were_made_again_count_for_the_start_that_made_them_last(tmp_path: Path) -> None:
+    run = load(write_run(tmp_path / "run", 0, 40, 70))
+    write_run(tmp_path / "run", 40, 100)
+    run = load(tmp_path / "run")
+    assert [start["Steps"] for start in describe_starts(run)] == ["1 to 40", "none", "41 to 100"]
+    assert len(run.steps) == 100
+
+
+def test_options_are_told_that_are_not_at_their_defaults_or_differ(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", 0, 3, infos=[with_config(lr=0.5, beta1=0.9, beta2=0.95)])
+    two = write_run(tmp_path / "two", 0, 3, infos=[with_config(lr=0.5, beta1=0.8, beta2=0.95)])
+    told = {option.name: option for option in changed_options(load_runs([one, two]))}
+    assert list(told) == ["model.num_layers", "optimizer.lr", "optimizer.beta1"]
+    assert (told["optimizer.lr"].told, told["optimizer.lr"].differs) == (["0.5", "0.5"], False)
+    assert (told["optimizer.beta1"].told, told["optimizer.beta1"].differs) == (["0.9", "0.8"], True)
+    assert told["optimizer.beta1"].default == "0.9"
+
+
+def test_several_runs_are_laid_over_each_other_and_side_by_side(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "one", 0, 30), write_run(tmp_path / "two", 0, 20, 50)]
+    figure = draw(load_runs(folders))
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines if line.get_linestyle() == "-"] == [
+            "one",
+            "two",
+        ]
+        assert axes.get_xlim()[1] >= 50
+    assert main([*map(str, folders), "--output", str(tmp_path / "both")]) == 0
+    page = ResourceFinder()
+    page.feed((tmp_path / "both" / "report.html").read_text())
+    text = [word for word in page.text if word]
+    assert text[text.index("Steps") :][:3] == ["Steps", "30", "50"]
+    assert text[text.index("Resumes") :][:3] == ["Resumes", "0", "1"]
+
+
+def test_several_runs_need_a_folder_for_their_report(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "one", 0, 3), write_run(tmp_path / "two", 0, 3)]
+    with pytest.raises(ConfigError, match="the report of several runs needs --output"):
+        main([*map(str, folders)])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a" / "run", 0, 3), write_run(tmp_path / "b" / "run", 0, 3)]
+    assert [run.name for run in load_runs(folders)] == [str(folder) for folder in folders]
+
+
+def test_the_legend_hides_no_curve(tmp_path: Path) -> None:
+    figure = draw([load(write_run(tmp_path / "run", 0, 40, 100))])
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "training, each step",
+        "training",
+        "validation",
+        "test",
+        "resumed",
+    ]
+    for axes in figure.axes:
+        assert axes.get_legend() is None
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+@pytest.mark.parametrize("name", ["_run", "a $x^ run", "</script><b>", "x" * 200])
+def test_any_name_of_a_run_is_shown_as_it_is(name: str, tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name.replace("/", "|"), 0, 3), write_run(tmp_path / "b", 0, 3)]
+    runs = load_runs(folders)
+    runs[0] = replace(runs[0], name=name)
+    figure = draw(runs)
+    figure.canvas.draw()
+    assert name in [text.get_text() for text in figure.legends[0].get_texts()]
+    text = render_page(runs, b"")
+    assert "<b>" not in text
+    assert text.count("</script>") == 2
+
+
+def test_a_long_curve_keeps_its_ends_of_each_stretch() -> None:
+    x, y = np.arange(50_000.0), np.zeros(50_000)
+    y[12_345], y[33_333], y[40_000:41_000] = 7.0, -7.0, np.nan
+    few, values = thin(x, y)
+    assert len(few) <= 3000
+    assert (few[values == 7.0], few[values == -7.0]) == (12_345, 33_333)
+    assert np.isnan(values).any()
+    np.testing.assert_array_equal(few, np.unique(few))
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="nothing runs the script of the page")
+def test_the_script_reads_values_and_looks_closer(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 0, 60)
+    main([str(folder)])
+    done = subprocess.run(
+        ["node", ROOT / "tests/tools/page_user.js", folder / "report.html"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seen = json.loads(done.stdout)
+    assert seen["picture hidden"]
+    assert seen["steps at first"] == ["0", "10", "20", "30", "40", "50", "60"]
+    assert seen["words"] == ["step 30", "training 2.1"]
+    assert seen["steps closer"] == ["15", "20", "25", "30", "35", "40", "45"]
+    assert seen["steps after Escape"] == seen["steps at first"]
+    assert seen["steps after a double click"] == seen["steps at first"]
 
 
 def test_smoothing_is_the_mean_of_the_finite_neighbours() -> None:
