@@ -3,10 +3,9 @@
 import sys
 import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
-
-from megatron.training.metrics import duration
 
 _SECONDS_ON_TERMINAL = 0.2
 _SECONDS_ELSEWHERE = 5.0
@@ -73,7 +72,7 @@ class Progress:
         filled = round(_WIDTH * share)
         bar = f"[{'#' * filled}{'.' * (_WIDTH - filled)}] " if self._on_terminal else ""
         return f"{bar}{share:.0%} of {self._total / 1e6:,.1f} MB, " + ", ".join(
-            [*parts[1:], f"{duration(max(left, 0.0))} to go"]
+            [*parts[1:], f"{timedelta(seconds=round(max(left, 0.0)))} to go"]
         )
 
 
