@@ -138,7 +138,7 @@ def issue_microbatch(launch: Launch, config: ModelConfig, micro_batch: int) -> I
     shorter = replace(config, num_layers=config.num_layers - 1)
     meta = torch.device("meta")
     # The head takes as many tokens at once as it would on the GPU.
-    with mock.patch("mpu.cross_entropy._chunk_bytes", return_value=_GPU_BYTES // 64):
+    with mock.patch("mpu.cross_entropy._gpu_memory", return_value=float(_GPU_BYTES)):
         operations, without_one = (
             _count(_microbatch(launch, model, micro_batch, meta)) for model in (config, shorter)
         )

@@ -7,7 +7,7 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.figures import Figure
-from tests.megatron.training.test_micro_batch import predict_and_try, training_config
+from tests.megatron.tuning.test_micro_batch import predict_and_try, training_config
 
 pytestmark = [
     pytest.mark.gpu,

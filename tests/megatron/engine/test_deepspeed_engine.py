@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config import DTYPES
+from megatron.config.training import dtype_named
 from mpu import build_groups
 from tests.distributed import run_ranks
 from tests.figures import Figure
@@ -142,7 +142,7 @@ def test_low_precision_keeps_main_weights_and_sums_of_gradients_in_fp32(
     got = run_training(layout, 5, dtype)
     want = run_training(replace(layout, engine="torch"), 5, dtype)
     assert {tensor.dtype for tensor in got.state.values()} == {torch.float32}
-    low = DTYPES[dtype]
+    low = dtype_named(dtype)
     assert any(not torch.equal(it, it.to(low).float()) for it in got.state.values())
     for a, b in zip(got.results, want.results, strict=True):
         assert abs(a.loss / b.loss - 1) < 1e-3

@@ -129,7 +129,11 @@ def held_in(plan: Plan, rank: int, passes: list[PassBytes]) -> tuple[int, int]:
 def test_passes_under_way_are_those_of_the_plan(
     parallel: ParallelConfig, microbatches: int
 ) -> None:
-    config = make({**vars(parallel), "data": 1}, train={"global_batch_size": 2 * microbatches})
+    config = make(
+        {**vars(parallel), "data": 1},
+        model={"num_layers": 4 * parallel.chunks},
+        train={"global_batch_size": 2 * microbatches},
+    )
     plan = plan_training(parallel.schedule, 4, parallel.chunks, microbatches)
     for rank in range(4):
         found = passes_under_way(config, ParallelDims(pipeline=4), rank)
